@@ -1,0 +1,1 @@
+"""Runnable experiments that re-test what each paper promises, and their recorded results."""

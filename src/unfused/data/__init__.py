@@ -1,0 +1,1 @@
+"""From files to tensors: decoding, manifests, quarantine, splits, the feature cache."""

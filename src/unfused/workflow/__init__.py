@@ -1,0 +1,1 @@
+"""The main job, `unfused.adapt`, stage by stage."""
