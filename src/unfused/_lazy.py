@@ -34,11 +34,12 @@ def lazy_exports(
     package : str
         The package's `__name__`.
     exports : mapping of str to str
-        Public name -> full name of the module that defines it. A name mapped to `package.name` which that module
-        does not define stands for the module itself.
+        Public name -> full name of the module that defines it.
 
     Examples
     --------
+    In `unfused/__init__.py`:
+
     ``__getattr__, __dir__, __all__ = lazy_exports(__name__, {"adapt": "unfused.workflow.adapt"})``
     """
     module = sys.modules[package]
