@@ -15,7 +15,7 @@ class _LazyPackage(ModuleType):
     """A package in which an exported name wins over a submodule of the same name.
 
     Importing `merge/ties.py` makes Python set `merge.ties` to the module; where the family exports a function
-    `ties` from it, that function is what `from unfused.merge import ties` must give, whatever was imported before.
+    `ties` from it, `from unfused.merge import ties` must give that function, whatever was imported before.
     """
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -60,7 +60,7 @@ def lazy_exports(
 
 
 def public_modules(folder: Path) -> list[Path]:
-    """The modules of a family that are methods: every `.py` file whose name does not begin with an underscore."""
+    """The modules of a family that are methods: `.py` files whose names do not begin with an underscore."""
     return sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
 
 
@@ -83,5 +83,5 @@ def lazy_family(
             module = f"{package}.{file.stem}"
             for name in exported_names(file):
                 if exports.setdefault(name, module) != module:
-                    raise ImportError(f"{name!r} is exported by both {exports[name]} and {module}: rename one")
+                    raise ImportError(f"{name!r} is exported by {exports[name]} and by {module}: rename one")
     return lazy_exports(package, exports)

@@ -1,4 +1,4 @@
-"""The catalogue of methods, read from the docstrings of the family modules. Nothing is imported, no list is kept.
+"""The catalogue of methods, read from the family modules' docstrings: nothing is imported, no list is kept.
 
 A method module's docstring begins with `Name: what it does.` and has, each at the start of a line,
 
@@ -126,7 +126,8 @@ def methods(family: str | None = None, needs: str | tuple[str, ...] | list[str] 
     family : str, optional
         Only this family.
     needs : str or sequence of str, optional
-        Only methods that need all of these: `labels`; `no labels` turns it round. A string is split at commas.
+        Only methods that need all of these, such as `labels`; `no labels` turns it round. A string is split
+        at commas.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The command `unfused`: finds the commands of this folder and turns user errors into one line and exit code 2."""
+"""The command `unfused`: finds the commands of this folder; a user's error is one line and exit code 2."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ def register(app: typer.Typer) -> None:
     def command(
         family: str | None = typer.Option(None, help=f"Only this family: {', '.join(FAMILIES)}."),
         needs: list[str] = typer.Option(
-            [], help="Only methods that need this, such as 'labels'; 'no labels' turns it round. May be repeated."
+            [],
+            help="Only methods that need this: 'labels', say; 'no labels' turns it round. May be repeated.",
         ),
         as_json: bool = typer.Option(False, "--json", help="Print a JSON list instead of a table."),
     ) -> None:

@@ -1,6 +1,7 @@
 """Choosing the data to train on, one module per paper.
 
-`scores(...)` returns an array and `choose(...)` indices; plain arrays or a `datasets.Dataset` in, the same out.
+`scores(...)` returns an array and `choose(...)` indices; plain arrays or a `datasets.Dataset` in, the same
+out.
 """
 
 from unfused._lazy import lazy_family

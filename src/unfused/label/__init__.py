@@ -1,7 +1,7 @@
 """Labels from few labels or none, one module per paper.
 
-A scikit-learn estimator: `fit`, `predict`, `predict_proba`, `transform` on arrays; it passes `check_estimator`
-or documents each exempted check.
+A scikit-learn estimator: `fit`, `predict`, `predict_proba`, `transform` on arrays; it passes
+`check_estimator` or documents each exempted check.
 """
 
 from unfused._lazy import lazy_family
