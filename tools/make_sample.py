@@ -4,8 +4,9 @@
 
 Each voice is one language's pronunciation (the words are spelled alike in all of them) with one timbre,
 pitch, pace, room and microphone; a voice says each word twice. Each take varies in pitch, pace, level,
-background noise and the silence around it. So what differs between two voices is what differs between two real
-speakers and their devices, and a model that learns voices instead of words is found out on unheard voices.
+background noise and the silence around it. So what differs between two voices is what differs between two
+real speakers and their devices, and a model that learns voices instead of words is found out on unheard
+voices.
 
 Needs espeak-ng (Debian: `apt install espeak-ng`; version 1.51 made the committed files), soundfile and soxr.
 Every random number is drawn from `SEED`, the voice, the word and the take: the same espeak-ng and libsndfile
@@ -145,7 +146,7 @@ def main() -> None:
                 rows.append((path.relative_to(FOLDER).as_posix(), word, voice.name))
     with open(FOLDER / "manifest.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("path", "label", "voice"))
+        writer.writerow(("path", "label", "group"))
         writer.writerows(sorted(rows))
     size = sum(path.stat().st_size for path in clips.rglob("*.ogg"))
     print(f"{len(rows)} clips of {len(TIMBRES)} voices, {size / 1e6:.2f} MB in {FOLDER}")

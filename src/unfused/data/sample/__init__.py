@@ -1,16 +1,12 @@
 """The embedded sample: 720 clips of ten words spoken by 36 synthetic voices in 12 accents.
 
-It is what `unfused adapt` runs on when no folder is named, and what the claims and tests run on everywhere. Made by
-`tools/make_sample.py` with espeak-ng; the clips are in the public domain (CC0-1.0).
+It is what `unfused adapt` runs on when no folder is named, and what the claims and tests run on everywhere.
+Made by `tools/make_sample.py` with espeak-ng; the clips are in the public domain (CC0-1.0).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from unfused.data.manifest import Manifest
 
 __all__ = ["sample_folder", "sample_manifest"]
 
@@ -27,16 +23,15 @@ def sample_folder() -> Path:
     return Path(__file__).parent / "clips"
 
 
-def sample_manifest() -> Manifest:
-    """The 720 clips with their words as labels and their voices as groups.
+def sample_manifest() -> Path:
+    """CSV of the clips: path (relative to the CSV), label (the word), group (the voice).
 
     Examples
     --------
     >>> from unfused.data.sample import sample_manifest
-    >>> manifest = sample_manifest()
+    >>> from unfused.data.manifest import read_manifest
+    >>> manifest = read_manifest(sample_manifest(), group="group")
     >>> len(manifest), len(set(manifest.labels)), len(set(manifest.groups))
     (720, 10, 36)
     """
-    from unfused.data.manifest import read_manifest
-
-    return read_manifest(Path(__file__).parent / "manifest.csv", group="voice")
+    return Path(__file__).parent / "manifest.csv"
