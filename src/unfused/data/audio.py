@@ -113,7 +113,7 @@ def _mono(file: soundfile.SoundFile, sampling_rate: int, length_is_known: bool) 
 
 
 def _mp3_states_length(path: str | os.PathLike[str]) -> bool:
-    """Whether an MP3 has the Xing header; without one its length is only estimated from the first bit rate."""
+    """Whether an MP3 has a Xing header; without one its length is a guess from the first bit rate."""
     with open(path, "rb") as file:
         head = file.read(10)
         if head[:3] == b"ID3":  # tags come first, their size in four times seven bits
