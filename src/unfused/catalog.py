@@ -137,8 +137,8 @@ def methods(family: str | None = None, needs: str | tuple[str, ...] | list[str] 
     Examples
     --------
     >>> from unfused.catalog import methods
-    >>> [m.name for m in methods("pretrain", needs="unlabelled data") if m.slug == "unfused"]
-    ['UnFuSeD']
+    >>> "linear-probe" in [m.slug for m in methods("finetune", needs="labels")]
+    True
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family={family!r} is unknown: choose one of {', '.join(FAMILIES)}")
