@@ -3,8 +3,9 @@ import pytest
 from scipy.fft import dct
 from sklearn.base import clone
 
-from unfused.finetune import Classic
-from unfused.finetune.classic import descriptors, mfcc
+import unfused.finetune.classic as module
+from unfused.finetune import Classic, audio_features, image_features
+from unfused.finetune.classic import mfcc
 
 
 def words(n: int = 60, seed: int = 0):
@@ -51,7 +52,7 @@ def test_pictures_by_shape_and_by_colour():
     model = Classic().fit(images[:40], y[:40])
     assert set(model.losses_) == {"pixels", "descriptors"}
     assert model.score(images[40:], y[40:]) > 0.9
-    assert descriptors(images).shape == (80, 3 * 3 * 36 + 64)
+    assert image_features(images)["descriptors"].shape == (80, 3 * 3 * 36 + 64)
 
 
 def test_one_frame_clips_probabilities_and_clone():
@@ -76,3 +77,14 @@ def test_mistakes_are_named():
     model = Classic("mfcc").fit(clips, labels)
     with pytest.raises(ValueError, match="another kind"):
         model.predict(np.zeros((2, 3, 8, 8), np.uint8))
+
+
+def test_features_computed_once_give_the_same_model(monkeypatch):
+    clips, labels = words(30)
+    whole = audio_features(clips)
+    monkeypatch.setattr(module, "CHUNK", 7)
+    chunks = audio_features(clips)
+    for name in ("mfcc", "statistics"):
+        np.testing.assert_allclose(whole[name], chunks[name], atol=1e-4)
+    direct, stored = Classic().fit(clips, labels), Classic().fit(whole, labels)
+    np.testing.assert_allclose(direct.predict_proba(clips), stored.predict_proba(whole))

@@ -13,7 +13,7 @@ Needs: labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,16 @@ from sklearn.utils.validation import check_is_fitted
 
 from unfused.finetune._logistic import check, choose_penalty, logistic
 
-__all__ = ["Classic"]
+__all__ = ["Classic", "audio_features", "image_features"]
+
+CHUNK = 512  # clips or pictures in memory at once
 
 
 class Classic(ClassifierMixin, BaseEstimator):
     """Logistic regression on MFCC or their statistics, on pixels or picture descriptors.
+
+    `X` is a sequence of log-mels of whole clips, each (n_mels, frames), or of uint8 pictures of one size,
+    each (channels, height, width); or what `audio_features` or `image_features` made of them once, for many fits.
 
     Parameters
     ----------
@@ -54,7 +59,10 @@ class Classic(ClassifierMixin, BaseEstimator):
     >>> rng = np.random.default_rng(0)
     >>> labels = np.arange(20) % 2
     >>> clips = [rng.normal(size=(40, 25)) + np.linspace(0, 3 * label, 40)[:, None] for label in labels]
-    >>> Classic("mfcc").fit(clips, labels).predict(clips[:4])
+    >>> Classic().fit(clips, labels).predict(clips[:4])
+    array([0, 1, 0, 1])
+    >>> features = audio_features(clips)  # once, for any number of fits
+    >>> Classic("mfcc").fit(features[:10], labels[:10]).predict(features[10:14])
     array([0, 1, 0, 1])
     """
 
@@ -67,20 +75,19 @@ class Classic(ClassifierMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : list of n arrays (n_mels, frames), or uint8 array of shape (n, 3, height, width)
-            Log-mels of whole clips, of any lengths, or pictures of one size.
+        X : sequence of n log-mels or pictures, or their features
         y : array of shape (n,)
             Labels, at least two classes.
         groups : array of shape (n,), optional
             Speakers, sites ...: a group is never on both sides of a fold.
         """
-        possible = _representations(X)
-        if self.representation not in ("auto", *possible):
-            raise ValueError(
-                f"representation={self.representation!r}: choose 'auto' or one of {', '.join(possible)}"
-            )
-        names = list(possible) if self.representation == "auto" else [self.representation]
-        tables = {name: check(possible[name](X), y, "the features of X") for name in names}
+        features = _features(X)
+        assert features.dtype.names
+        if self.representation not in ("auto", *features.dtype.names):
+            possible = ", ".join(features.dtype.names)
+            raise ValueError(f"representation={self.representation!r}: choose 'auto' or one of {possible}")
+        names = features.dtype.names if self.representation == "auto" else (self.representation,)
+        tables = {name: check(features[name], y, "the features of X") for name in names}
         chosen = {name: choose_penalty(*tables[name], groups, self.seed) for name in names}
         self.losses_ = {name: loss for name, (_, loss) in chosen.items()}
         self.representation_ = min(names, key=self.losses_.__getitem__)
@@ -100,10 +107,71 @@ class Classic(ClassifierMixin, BaseEstimator):
     def transform(self, X: Any) -> np.ndarray:
         """The chosen features, (n, d)."""
         check_is_fitted(self)
-        possible = _representations(X)
-        if self.representation_ not in possible:
+        features = _features(X)
+        if self.representation_ not in (features.dtype.names or ()):
             raise ValueError(f"X is of another kind than what was fitted ({self.representation_!r} features)")
-        return possible[self.representation_](X)
+        return features[self.representation_].astype(np.float64)
+
+
+def audio_features(log_mels: Sequence[Any]) -> np.ndarray:
+    """All representations of sounds.
+
+    Parameters
+    ----------
+    log_mels : sequence of n arrays, each of shape (n_mels, frames)
+        Of whole clips, of any lengths.
+
+    Returns
+    -------
+    structured array of shape (n,)
+        With the fields "mfcc" (416 numbers) and "statistics" (80).
+    """
+    return _table(log_mels, {"mfcc": mfcc_frames, "statistics": mfcc_statistics})
+
+
+def image_features(images: Sequence[Any]) -> np.ndarray:
+    """All representations of pictures.
+
+    Parameters
+    ----------
+    images : sequence of n uint8 arrays, each of shape (channels, height, width)
+        Of one size.
+
+    Returns
+    -------
+    structured array of shape (n,)
+        With the fields "pixels" and "descriptors".
+    """
+    return _table(images, {"pixels": pixels, "descriptors": descriptors})
+
+
+def _features(X: Any) -> np.ndarray:
+    if getattr(X, "dtype", None) is not None and X.dtype.names:
+        return X
+    if not len(X):
+        raise ValueError("X is empty")
+    first = np.asarray(X[0])
+    if first.ndim == 3 and first.dtype == np.uint8:
+        return image_features(X)
+    if first.ndim == 2 and all(np.ndim(clip) == 2 and len(clip) == len(first) for clip in X):
+        return audio_features(X)
+    raise ValueError(
+        "X must be log-mels, each (n_mels, frames) with the same n_mels, or uint8 pictures, each (channels, "
+        f"height, width); its first item has shape {first.shape} and type {first.dtype}"
+    )
+
+
+def _table(X: Sequence[Any], compute: dict[str, Callable[[list[Any]], np.ndarray]]) -> np.ndarray:
+    parts = []
+    for start in range(0, len(X), CHUNK):
+        chunk = [X[i] for i in range(start, min(start + CHUNK, len(X)))]
+        columns = {name: function(chunk) for name, function in compute.items()}
+        kinds = [(name, np.float32, column.shape[1:]) for name, column in columns.items()]
+        part = np.empty(len(chunk), dtype=kinds)
+        for name, column in columns.items():
+            part[name] = column
+        parts.append(part)
+    return np.concatenate(parts)
 
 
 def mfcc(log_mels: Sequence[Any], count: int) -> list[np.ndarray]:
@@ -133,11 +201,11 @@ def mfcc_statistics(log_mels: Sequence[Any]) -> np.ndarray:
     return np.stack(rows)
 
 
-def pixels(images: np.ndarray, size: int = 16) -> np.ndarray:
+def pixels(images: Sequence[Any], size: int = 16) -> np.ndarray:
     return _resize(images, size).reshape(len(images), -1)
 
 
-def descriptors(images: np.ndarray) -> np.ndarray:
+def descriptors(images: Sequence[Any]) -> np.ndarray:
     """Histograms of 9 gradient directions in 4 x 4 cells, normalised over 2 x 2 cells; 4 levels a colour."""
     colour = _resize(images, 32)  # (n, channels, 32, 32)
     down, across = np.gradient(colour.mean(1), axis=(1, 2))
@@ -163,25 +231,10 @@ def _circular(difference: np.ndarray, period: float) -> np.ndarray:
     return np.abs((difference + period / 2) % period - period / 2)
 
 
-def _resize(images: np.ndarray, size: int) -> np.ndarray:
+def _resize(images: Sequence[Any], size: int) -> np.ndarray:
     """Area average to (n, channels, size, size), float32 in [0, 1]."""
     import torch
     from torch.nn import functional as F
 
-    x = torch.from_numpy(np.ascontiguousarray(images)).float() / 255
+    x = torch.from_numpy(np.stack(images)).float() / 255
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True).numpy()
-
-
-def _representations(X: Any) -> dict[str, Any]:
-    """The feature functions that fit the input."""
-    if not len(X):
-        raise ValueError("X is empty")
-    if getattr(X, "dtype", None) == np.uint8 and np.ndim(X) == 4:
-        return {"pixels": pixels, "descriptors": descriptors}
-    shapes = [np.shape(clip) for clip in X]
-    if all(len(shape) == 2 and shape[0] == shapes[0][0] and shape[1] for shape in shapes):
-        return {"mfcc": mfcc_frames, "statistics": mfcc_statistics}
-    raise ValueError(
-        "X must be log-mels, each (n_mels, frames) with the same n_mels, or pictures, uint8 (n, channels, "
-        f"height, width); the first item has shape {shapes[0]}"
-    )
