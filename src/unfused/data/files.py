@@ -156,9 +156,18 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a table as CSV, atomically; `read_table` of `unfused.data.manifest` reads it back."""
     with atomic_write(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        # Only with this line end does the writer put quotes around both "\r" and "\n".
+        writer = csv.writer(_UnixLines(file), lineterminator="\r\n")
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+class _UnixLines:
+    def __init__(self, file: IO[str]):
+        self.file = file
+
+    def write(self, row: str) -> int:
+        return self.file.write(row.removesuffix("\r\n") + "\n")
 
 
 def digest(path: str | os.PathLike[str]) -> str:

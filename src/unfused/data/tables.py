@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import posixpath
@@ -85,14 +86,13 @@ def read_table(path: str | os.PathLike[str]) -> Table:
 
 
 def _parse_csv(name: str, text: str) -> tuple[list[str], list[list[str | None]]]:
-    headers = {delimiter: next(_records(name, text, delimiter))[1] for delimiter in ",;\t|"}
     known = {*PATH_COLUMNS, *LABEL_COLUMNS}
 
-    def fit(delimiter: str) -> tuple[int, int]:
-        header = headers[delimiter]
-        return sum(cell.strip().lower() in known for cell in header), len(header)
+    def fit(delimiter: str) -> tuple[int, bool, int]:
+        (_, header), (_, second) = (*itertools.islice(_records(name, text, delimiter), 2), (0, [""]))[:2]
+        return sum(cell.strip().lower() in known for cell in header), len(second) == len(header), len(header)
 
-    delimiter = max(headers, key=fit)
+    delimiter = max(",;\t|", key=fit)
     (_, columns), *records = _records(name, text, delimiter)
     rows: list[list[str | None]] = []
     for line, record in records:
