@@ -1,8 +1,8 @@
 """Checkpoints that a kill cannot spoil: safetensors and JSON, written beside their place and then renamed.
 
-A checkpoint is a folder `checkpoint-STEP` (the Trainer's naming) with `model.safetensors`, `optimizer.safetensors`,
-`rng.safetensors`, `trainer_state.json` and `run.json`; the last holds the digests of the others, so that a damaged one is
-told from a good one.
+A checkpoint is a folder `checkpoint-STEP` (the Trainer's naming) with `model.safetensors`,
+`optimizer.safetensors`, `rng.safetensors`, `trainer_state.json` and `run.json`; the last holds the digests of
+the others, so that a damaged one is told from a good one.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ def save_module(path: str | os.PathLike[str], module: nn.Module) -> None:
     aliases: dict[str, str] = {}
     for name, tensor in module.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(
-                f"state {name!r} of {type(module).__name__} is a {type(tensor).__name__}; only tensors are saved"
-            )
+            kind = type(tensor).__name__
+            raise TypeError(f"state {name!r} of {type(module).__name__} is a {kind}: only tensors are saved")
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in first:
             aliases[name] = first[place]
@@ -50,7 +49,7 @@ def save_module(path: str | os.PathLike[str], module: nn.Module) -> None:
 
 
 def load_module(path: str | os.PathLike[str], module: nn.Module) -> None:
-    """Load what `save_module` wrote, strictly: the same names and shapes, in the module's own memory layout."""
+    """Load what `save_module` wrote, strictly: the same names and shapes, in the module's own layout."""
     from safetensors import safe_open
 
     state = load_file(path)
@@ -109,11 +108,11 @@ def unpack_optimizer(
 def rng_state() -> dict[str, torch.Tensor]:
     """The state of Python's, NumPy's (legacy) and torch's global generators, as tensors."""
     _, words, gauss = random.getstate()
-    _, key, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    _, key, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]  # noqa: NPY002
     state = {
         "python": torch.tensor(words, dtype=torch.int64),
         "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*key.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy": torch.tensor([*np.asarray(key).tolist(), position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
@@ -219,7 +218,7 @@ def remove_leftovers(folder: Path) -> None:
 def write_final(
     folder: Path, module: nn.Module, history: list[dict[str, Any]], done: Mapping[str, Any]
 ) -> None:
-    """Write `model.safetensors`, `history.json` and, last, `done.json`, each atomically; then drop the checkpoints."""
+    """`model.safetensors`, `history.json` and last `done.json`, each atomically; then the checkpoints go."""
     temporary = folder / f"{_TEMPORARY}model.safetensors"
     with disk_errors(folder):
         try:
@@ -248,24 +247,26 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     Examples
     --------
-    >>> differences({"lr": 0.1, "steps": 5}, {"lr": 0.2, "steps": 5})
-    ['lr was 0.1, is 0.2']
+    >>> differences({"lr": 0.1, "model": {"w": [2]}}, {"lr": 0.1, "model": {"w": [3], "b": [3]}})
+    ['model w was [2], is [3]', 'model b was absent, is [3]']
     """
-    names = [*now, *(name for name in saved if name not in now)]
-    return [
-        f"{name} was {_short(saved.get(name))}, is {_short(now.get(name))}"
-        for name in names
-        if saved.get(name) != now.get(name)
-    ]
+    found = []
+    for name in [*saved, *(name for name in now if name not in saved)]:
+        old, new = saved.get(name, "absent"), now.get(name, "absent")
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [f"{name} {inner}" for inner in differences(old, new)]
+        elif old != new:
+            found.append(f"{name} was {_short(old)}, is {_short(new)}")
+    return found
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint folder or file; renamed first, so that a kill leaves no half of it under its name."""
+    """Remove a checkpoint or file; renamed first, so that a kill leaves no half of it under its name."""
     doomed = path.with_name(f"{_TEMPORARY}{path.name}")
     if doomed.is_dir():
         shutil.rmtree(doomed, ignore_errors=True)

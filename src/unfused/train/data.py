@@ -18,7 +18,8 @@ class ArrayDataset(Dataset):
     Parameters
     ----------
     **columns : tensor, array or memory map, each of shape (n, ...)
-        Named as the model's `forward` names them. A memory map stays on disk: only the rows of a batch are read.
+        Named as the model's `forward` names them. A memory map stays on disk: a batch reads its own rows
+        only.
 
     Examples
     --------
@@ -61,11 +62,11 @@ def collate(rows: Any) -> dict[str, torch.Tensor]:
 
 
 class EpochBatches:
-    """Index batches of one epoch: a function of (seed, epoch) only, so that any point of a run can be found again.
+    """Index batches of one epoch: a function of (seed, epoch) only, so any point of a run can be found again.
 
-    All batches have the same size; what is left over at the end of an epoch (less than a batch, other rows every
-    epoch) is dropped. With fewer rows than `batch_size`, every batch is the whole set. In a distributed run
-    `batch_size` is that of all processes together, and each takes every `processes`-th row of the common batch.
+    All batches have the same size; what is left over at the end of an epoch (less than a batch, other rows
+    every epoch) is dropped. With fewer rows than `batch_size`, every batch is the whole set. In a distributed
+    run `batch_size` is that of all processes, and each takes every `processes`-th row of the common batch.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""One training engine on `transformers.Trainer`: any module that returns a loss, killed at any moment and resumed exactly."""
+"""One training engine on `transformers.Trainer`: any module that returns a loss, resumed to the same bits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import broadcast
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from unfused.data.files import read_json, write_json
+from unfused.data.files import read_json
 from unfused.train import checkpoint as ckpt
 from unfused.train.data import EpochBatches, Sampler, collate
 from unfused.train.memory import PeakMemory
@@ -47,8 +49,9 @@ class FitResult:
     Attributes
     ----------
     history : list of dict
-        About 50 records, each {"step", "loss", "learning_rate"} and the terms of the loss that the model reported, averaged
-        over the steps since the record before; with `eval_fn`, its numbers where it was called.
+        About 50 records, each {"step", "loss", "learning_rate"} and the terms of the loss that the model
+        reported, averaged over the steps since the record before; with `eval_fn`, its numbers where it was
+        called.
     steps : int
     seconds : float
         Training time of all sittings.
@@ -94,6 +97,8 @@ class Recipe:
             raise ValueError(f"schedule={self.schedule!r} must be one of {', '.join(map(repr, SCHEDULES))}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup!r} must be a fraction of the steps, in [0, 1)")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed!r} must lie in [0, 2**32)")
 
     def factor(self, step: int) -> float:
         """The learning rate's factor at a step, counted from 0: linear warm-up, then the schedule."""
@@ -128,9 +133,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 class Engine(Trainer):
     """A `transformers.Trainer` whose checkpoints are safetensors and JSON, atomic, timed and exact.
 
-    `fit` builds one; use it directly for what `fit` does not offer. Its checkpoints resume with
-    `train(resume_from_checkpoint=PATH)`, in the middle of an epoch too, and end with the bits of an uninterrupted run.
+    `fit` builds one. Its checkpoints resume with `train(resume_from_checkpoint=PATH)`, in the middle of an
+    epoch too, and the run ends with the bits of an uninterrupted one.
     """
+
+    model: nn.Module  # type: ignore[assignment]
+    optimizer: Any
+    lr_scheduler: Any
+    train_dataset: Any
 
     def __init__(
         self,
@@ -152,10 +162,8 @@ class Engine(Trainer):
         self.progress, self.eval_fn = progress, eval_fn
         self.history: list[dict[str, Any]] = []
         self.seconds_before = 0.0
-        self._recent: list[
-            dict[str, Any]
-        ] = []  # losses and terms of the steps not looked at yet, on the device
-        self._window: list[dict[str, float]] = []  # the same as numbers, of the steps since the last record
+        self._recent: list[dict[str, Any]] = []  # losses and terms on the device, not looked at yet
+        self._window: list[dict[str, float]] = []  # the same as numbers, since the last record
         self._resume_rng: str | None = None
         args = TrainingArguments(
             # Nothing is written there by the Trainer itself, but it makes the folder.
@@ -187,12 +195,17 @@ class Engine(Trainer):
         self.remove_callback(transformers.PrinterCallback)
         # One batch is one step: no item counts across accumulated batches, and no argument for them.
         self.model_accepts_loss_kwargs = False
+        if output_dir and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "checkpoints of a sharded model (FSDP, DeepSpeed) are not supported: leave output_dir out and save "
+                "the weights after training, or launch with DDP"
+            )
 
     # ---- data, optimizer, schedule
 
     def get_train_dataloader(self) -> DataLoader:
-        # Not `accelerator.prepare`d: that reads one batch ahead (so that its RNG use could not be resumed) and shards by
-        # itself; our batches are sharded already.
+        # Not `accelerator.prepare`d: that reads one batch ahead, so that noise drawn by the data set could
+        # not be resumed, and would shard the batches, which are sharded already.
         batches = EpochBatches(
             len(self.train_dataset),
             self.recipe.batch_size,
@@ -201,7 +214,7 @@ class Engine(Trainer):
             self.args.process_index,
             self.args.world_size,
         )
-        # Its own generator: a loader draws a number when iteration starts, which must not come from the global one.
+        # Its own generator: a loader draws a number when iteration starts, and must not touch the global one.
         return _EpochLoader(
             self.train_dataset,
             batch_sampler=batches,
@@ -211,7 +224,7 @@ class Engine(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if self._resume_rng is not None:
-            state = ckpt.load_file(Path(self._resume_rng) / "rng.safetensors")
+            state = load_file(Path(self._resume_rng) / "rng.safetensors")
             mine = f"{self.args.process_index}."
             ckpt.set_rng_state({k[len(mine) :]: v for k, v in state.items() if k.startswith(mine)})
             self._resume_rng = None
@@ -219,58 +232,61 @@ class Engine(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
+            lr, decay = self.recipe.lr, self.recipe.weight_decay
             if self.recipe.optimizer == "sgd":
                 self.optimizer = torch.optim.SGD(
-                    self.groups,
-                    lr=self.recipe.lr,
-                    momentum=self.recipe.momentum,
-                    weight_decay=self.recipe.weight_decay,
-                    foreach=True,
+                    self.groups, lr, momentum=self.recipe.momentum, weight_decay=decay, fused=True
                 )
             else:
-                self.optimizer = torch.optim.AdamW(
-                    self.groups, lr=self.recipe.lr, weight_decay=self.recipe.weight_decay, fused=True
-                )
+                self.optimizer = torch.optim.AdamW(self.groups, lr, weight_decay=decay, fused=True)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                getattr(self.optimizer, "optimizer", self.optimizer), self.recipe.factor
-            )
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self._bare_optimizer, self.recipe.factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    @property
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+
     # ---- a step
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         self._started = self._last_progress = self._saved = time.monotonic()
         self._save_cost = 0.0
         # Before a checkpoint is loaded, which then overwrites what the hook sets up.
         if callable(hook := getattr(self.model, "on_train_begin", None)):
             hook(self.recipe.steps)
         if self.args.world_size > 1:  # each process its own noise
-            torch.manual_seed(self.recipe.seed + self.args.process_index)
+            transformers.set_seed((self.recipe.seed + self.args.process_index) % 2**32)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             outputs = model(**inputs)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
         if not isinstance(loss, torch.Tensor):
+            name, kind = type(self.model).__name__, type(outputs).__name__
             raise TypeError(
-                f"{type(self.model).__name__}.forward must return a ModelOutput or dict with a tensor `loss`, got "
-                f"{type(outputs).__name__}"
+                f"{name}.forward must return a ModelOutput or dict with a tensor `loss`, got {kind}"
             )
         loss = loss.float()
         terms = outputs.get("terms") if isinstance(outputs, Mapping) else getattr(outputs, "terms", None)
-        self._recent.append({"loss": loss.detach(), **(terms or {})})
+        self._recent.append(
+            {name: torch.as_tensor(v).detach() for name, v in {**(terms or {}), "loss": loss}.items()}
+        )
         return (loss, outputs) if return_outputs else loss
 
+    # The Trainer computes these two at every step; nobody reads them.
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return grad_norm  # the Trainer would compute it at every step, though nobody reads it
+        return grad_norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0
 
     def after_step(self) -> None:
         step, steps, now = self.state.global_step, self.recipe.steps, time.monotonic()
@@ -279,6 +295,7 @@ class Engine(Trainer):
         record = step % max(1, steps // RECORDS) == 0 or step == steps
         if record:
             self.history.append(self._record(step))
+            self.log(dict(self.history[-1]))  # for callbacks that listen
         if self.eval_fn and (step % max(1, steps // EVALUATIONS) == 0 or step == steps):
             self._evaluate_now(step)
         if self.progress and (step == steps or now - self._last_progress > 0.5):
@@ -298,55 +315,51 @@ class Engine(Trainer):
             values = [v[name] for v in self._window if name in v]
             means[name] = sum(values) / len(values)
         if self.args.world_size > 1:
-            mean = torch.tensor(list(means.values()), dtype=torch.float64, device=self.args.device)
-            means = dict(zip(means, self.accelerator.reduce(mean, "mean").tolist(), strict=True))
+            mean = torch.tensor(means["loss"], device=self.args.device)
+            means["loss"] = self.accelerator.reduce(mean, "mean").item()
         self._window.clear()
         rate = self.lr_scheduler.base_lrs[0] * self.recipe.factor(step - 1)
         return {"step": step, "loss": means.pop("loss"), "learning_rate": rate, **means}
 
     def _look(self) -> None:
-        """Fetch the losses of the last steps from the device, all at once, and stop at one that is not a number."""
+        """Fetch the losses of the last steps from the device at once; stop at one that is not a number."""
         if not self._recent:
             return
         flat = [
-            torch.as_tensor(v, dtype=torch.float32).detach()
-            for values in self._recent
-            for v in values.values()
+            v.reshape(()).to(self.args.device, torch.float32) for row in self._recent for v in row.values()
         ]
-        numbers = iter(torch.stack([v.to(self.args.device).reshape(()) for v in flat]).tolist())
+        numbers = iter(torch.stack(flat).tolist())
         first = self.state.global_step - len(self._recent) + 1
-        for step, values in enumerate(self._recent, first):
-            values = {name: next(numbers) for name in values}
+        for step, row in enumerate(self._recent, first):
+            values = {name: next(numbers) for name in row}
             if not math.isfinite(values["loss"]):
                 raise FloatingPointError(
-                    f"the loss is {values['loss']} at step {step} of {self.recipe.steps}: check the data for NaN or "
-                    f"infinity, or lower lr (now {self.recipe.lr}) or set max_grad_norm (now {self.recipe.max_grad_norm})"
+                    f"the loss is {values['loss']} at step {step} of {self.recipe.steps}: check the data for "
+                    f"NaN and infinity, lower lr (now {self.recipe.lr}) or set max_grad_norm"
                 )
-            self._window.append(values)
+            self._window.append({name: value for name, value in values.items() if math.isfinite(value)})
         self._recent.clear()
 
     def _evaluate_now(self, step: int) -> None:
         assert self.eval_fn is not None
         self.model.eval()
-        with ckpt.preserved_rng(), torch.inference_mode():
+        # Not inference_mode: what a model caches there could not be used in training afterwards.
+        with ckpt.preserved_rng(), torch.no_grad():
             numbers = {name: float(value) for name, value in self.eval_fn(self.model).items()}
         self.model.train()
         if not self.history or self.history[-1]["step"] != step:
             self.history.append({"step": step})
-        self.history[-1].update(numbers)
+        self.history[-1].update({k: v if math.isfinite(v) else None for k, v in numbers.items()})
 
     # ---- checkpoints
 
     def _save_is_due(self, now: float, record: bool) -> bool:
         # At most a twentieth of the time goes into saving.
         due = now - self._saved >= (self.save_seconds and max(self.save_seconds, 20 * self._save_cost))
-        if (
-            self.args.world_size > 1
-        ):  # the clocks differ: the first process decides, where all wait for each other anyway
-            from accelerate.utils import broadcast
-
-            return record and bool(broadcast(torch.tensor(due, device=self.args.device).int()).item())
-        return due
+        if self.args.world_size == 1:
+            return due
+        # The clocks of processes differ: the first one decides, where they all wait for each other anyway.
+        return record and bool(broadcast(torch.tensor(int(due), device=self.args.device)).item())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.folder is None:
@@ -362,7 +375,7 @@ class Engine(Trainer):
         if self.args.should_save:
             with ckpt.atomic_folder(self.folder / f"{ckpt.PREFIX}{self.state.global_step}") as folder:
                 ckpt.save_module(folder / "model.safetensors", self.model)
-                tensors, rest = ckpt.pack_optimizer(self.optimizer)
+                tensors, rest = ckpt.pack_optimizer(self._bare_optimizer)
                 ckpt.save_tensors(folder / "optimizer.safetensors", tensors)
                 ckpt.save_tensors(
                     folder / "rng.safetensors",
@@ -392,8 +405,8 @@ class Engine(Trainer):
         if checkpoint is None:
             return
         run = read_json(Path(checkpoint) / "run.json")
-        tensors = ckpt.load_file(Path(checkpoint) / "optimizer.safetensors")
-        ckpt.unpack_optimizer(getattr(self.optimizer, "optimizer", self.optimizer), tensors, run["optimizer"])
+        tensors = load_file(Path(checkpoint) / "optimizer.safetensors")
+        ckpt.unpack_optimizer(self._bare_optimizer, tensors, run["optimizer"])
         self.lr_scheduler.load_state_dict(run["scheduler"])
         self.history, self._window = run["history"], run["window"]
         self.seconds_before = run["seconds"]
@@ -445,19 +458,21 @@ def fit(
     Parameters
     ----------
     model : nn.Module
-        `model(**batch)` returns a `ModelOutput` or dict with a scalar `loss`, and optionally `terms`, a dict of the
-        numbers that make it up. Optional hooks: `on_train_begin(steps)` before the first step (and before a checkpoint
-        is loaded), `on_step_end()` after each optimizer step. All state that training changes must be in parameters or
-        persistent buffers, all noise from the global generators. It is left in eval mode.
+        `model(**batch)` returns a `ModelOutput` or dict with a scalar `loss`, and optionally `terms`, a dict
+        of the numbers that make it up. Optional hooks: `on_train_begin(steps)` before the first step (and
+        before a checkpoint is loaded), `on_step_end()` after each optimizer step. All state that training
+        changes must be in parameters or persistent buffers, all noise from the global generators. It is left
+        in eval mode.
     data : Dataset
-        Map-style, of dicts whose keys `forward` takes, e.g. an `ArrayDataset`. With `__getitems__(indices)` that returns a
-        ready batch, batches are fetched in one call.
+        Map-style, of dicts whose keys `forward` takes, e.g. an `ArrayDataset`. With a `__getitems__(indices)`
+        that returns a ready batch, batches are fetched in one call.
     steps : int
         Optimizer steps.
     output_dir : path, optional
-        Receives checkpoints while training and at the end `model.safetensors`, `history.json` and `done.json`. The same
-        call on it resumes, or if the run is finished loads the weights and returns at once. What was left there by a call
-        with other arguments, parameter shapes or data length is discarded with a warning that names the difference.
+        Receives checkpoints while training and at the end `model.safetensors`, `history.json` and
+        `done.json`. The same call on it resumes, or if the run is finished loads the weights and returns at
+        once. What a call with other arguments, parameter shapes or data length left there is discarded with a
+        warning that names the difference.
     batch_size : int, default=64
         Over all processes. Each epoch is a new permutation; its rest of less than a batch is dropped.
     lr, weight_decay : float, default=2e-3, 0.02
@@ -472,7 +487,7 @@ def fit(
     seed : int, default=0
         Of the order of the data and of the noise. The global generators are left as they were found.
     bf16 : bool, optional
-        bfloat16 autocast; weights stay float32. Default: where GPU or CPU compute in bf16, see `supports_bf16`.
+        bfloat16 autocast; weights and loss stay float32. Default: where it pays, see `supports_bf16`.
     max_grad_norm : float, optional
         Clip the gradient's norm; default: no clipping.
     param_groups : callable (model) -> list of dict, optional
@@ -480,14 +495,15 @@ def fit(
     sampler : callable (epoch, generator) -> (m,) int64 tensor, optional
         The rows of an epoch in their order, drawn with `generator`; default: a random permutation of all.
     save_seconds : float, default=20
-        Time between checkpoints, stretched where saving takes more than a twentieth of it; 0: after each step.
+        Time between checkpoints, stretched where saving takes over a twentieth of it; 0: after each step.
     fingerprint : mapping of JSON values, optional
         What else identifies the run, such as a digest of its inputs: other values discard an earlier run.
     progress : callable (step, steps, loss), optional
         Called about twice a second, e.g. a task of `StageProgress`.
     callbacks : iterable of transformers.TrainerCallback
     eval_fn : callable (model) -> mapping of numbers, optional
-        Called ten times, in eval mode without gradients; its numbers go into the history. It cannot influence training.
+        Called ten times, in eval mode without gradients; its numbers go into the history. Training does not
+        notice.
 
     Returns
     -------
@@ -534,18 +550,17 @@ def fit(
     if len(data) == 0:  # type: ignore[arg-type]
         raise ValueError("data is empty: there is nothing to train on")
     groups = param_groups(model) if param_groups else parameter_groups(model, weight_decay)
+    groups = [{**group, "params": list(group["params"])} for group in groups]
     if not any(p.requires_grad for group in groups for p in group["params"]):
         raise ValueError("the model has no parameter with requires_grad=True to train")
     identity = _identity(recipe, model, data, groups, fingerprint)
     folder = Path(output_dir) if output_dir is not None else None
+    if folder and (done := ckpt.read_final(folder)) and done["fingerprint"] == identity:
+        ckpt.load_module(folder / "model.safetensors", model)
+        model.eval()
+        return FitResult(read_json(folder / "history.json"), steps, done["seconds"], done["peak_mib"], steps)
     with contextlib.ExitStack() as stack:
-        if folder and (finished := _finished(folder, identity)):
-            ckpt.load_module(folder / "model.safetensors", model)
-            model.eval()
-            return FitResult(
-                read_json(folder / "history.json"), steps, finished["seconds"], finished["peak_mib"], steps
-            )
-        stack.enter_context(_quiet())
+        stack.enter_context(_traceless(model))
         stack.enter_context(ckpt.preserved_rng())
         memory = stack.enter_context(PeakMemory())
         engine = Engine(
@@ -571,6 +586,8 @@ def fit(
         engine.train(resume_from_checkpoint=str(start) if start else None)
         seconds = engine.seconds_before + time.monotonic() - engine._started
         memory.read()
+        if not all(torch.isfinite(p).all() for p in model.parameters()):
+            raise FloatingPointError(f"weights are not finite after step {steps}: lower lr (now {lr})")
         if folder and engine.args.should_save:
             done = {"fingerprint": identity, "seconds": seconds, "peak_mib": memory.mib}
             ckpt.write_final(folder, model, engine.history, done)
@@ -602,11 +619,6 @@ def _identity(
     return json.loads(json.dumps(identity))
 
 
-def _finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    done = ckpt.read_final(folder)
-    return done if done and done["fingerprint"] == identity else None
-
-
 def _discard_unusable(folder: Path, identity: Mapping[str, Any]) -> None:
     """Leave in `folder` only checkpoints that this run can take up."""
     ckpt.remove_leftovers(folder)
@@ -633,7 +645,7 @@ def _discard_unusable(folder: Path, identity: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a lock on `folder` (on the folder itself: no file is left, and the kernel drops it with the process)."""
+    """Hold a lock on the folder itself: no file is left, and the kernel drops it with the process."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -656,12 +668,15 @@ def _sole_writer(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The Trainer sets the library's log level; put it back."""
-    level = transformers.logging.get_verbosity()
+def _traceless(model: nn.Module) -> Iterator[None]:
+    """Put back what the Trainer changes beside the weights: the library's log level, `config.use_cache`."""
+    level, config = transformers.logging.get_verbosity(), getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(torch|accelerate|transformers)\.")
-            yield
+        yield
     finally:
         transformers.logging.set_verbosity(level)
+        if config is not None and use_cache is None:
+            config.__dict__.pop("use_cache", None)
+        elif config is not None:
+            config.use_cache = use_cache

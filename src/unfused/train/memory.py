@@ -11,8 +11,8 @@ _active: list[PeakMemory] = []
 class PeakMemory:
     """Context manager: `.mib` is the process's resident-set peak in MiB between entering and leaving.
 
-    On Linux the kernel's high-water mark is reset on entering (`/proc/self/clear_refs`), and nested uses report
-    correctly. Where that is not possible, the peak is that of the whole process so far.
+    On Linux the kernel's high-water mark is reset on entering (`/proc/self/clear_refs`), and nested uses
+    report correctly. Where that is not possible, the peak is that of the whole process so far.
 
     Examples
     --------
