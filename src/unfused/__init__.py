@@ -10,7 +10,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "adapt": "unfused.workflow.adapt",
-        "predict": "unfused.workflow.predict",
         "load": "unfused.workflow.predict",
         "methods": "unfused.catalog",
     },
