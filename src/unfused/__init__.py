@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from unfused._lazy import lazy_exports
+from unfused.nn.register import install_hook
 
 __version__ = "0.1.0"
 
@@ -15,9 +16,4 @@ __getattr__, __dir__, __all__ = lazy_exports(
     },
 )
 
-try:
-    from unfused.nn.register import install_hook
-except ImportError:  # until nn/register.py lands
-    pass
-else:
-    install_hook()
+install_hook()
