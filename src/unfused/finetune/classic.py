@@ -31,7 +31,8 @@ class Classic(ClassifierMixin, BaseEstimator):
     """Logistic regression on MFCC or their statistics, on pixels or picture descriptors.
 
     `X` is a sequence of log-mels of whole clips, each (n_mels, frames), or of uint8 pictures of one size,
-    each (channels, height, width); or what `audio_features` or `image_features` made of them once, for many fits.
+    each (channels, height, width); or what `audio_features` or `image_features` made of them, once for many
+    fits.
 
     Parameters
     ----------

@@ -17,6 +17,8 @@ import unfused
 from unfused._lazy import exported_names, public_modules
 
 PACKAGE = Path(unfused.__file__).parent
+BENCH = {PACKAGE / "claims" / "lab" / f"{name}.py" for name in ("__init__", "verdict", "cache", "sources")}
+"""The bench itself: it moves no number, and polishing a table must not throw results away."""
 
 
 def code_hash(file: str | Path) -> str:
@@ -29,7 +31,7 @@ def code_hash(file: str | Path) -> str:
         if path not in seen:
             seen.add(path)
             todo += _imports(path)
-    for path in sorted(seen):
+    for path in sorted(seen - BENCH):
         total.update(_code(path))
     return total.hexdigest()
 

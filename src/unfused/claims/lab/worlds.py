@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from unfused.claims.lab.sources import PACKAGE
 
 if TYPE_CHECKING:
     from unfused.claims.lab import Lab
+    from unfused.data.manifest import Manifest
     from unfused.nn.log_mel import FrontEnd
 
 NAMES = ("sample", "fsdd", "esc10", "digits")
@@ -30,41 +32,51 @@ class AudioWorld:
 
     Attributes
     ----------
-    paths : list of Path, length N
+    name : str
+    manifest : Manifest
+        N files with their labels and groups; `manifest.root` is what `unfused adapt` can be given.
     labels : ndarray of int64, shape (N,)
         Index into `classes`.
     classes : list of str
     groups : ndarray of str, shape (N,)
         Speaker, fold or voice: what must not be on both sides of a split.
+    cache_dir : Path
+        Of the features.
     """
 
     name: str
-    root: Path
-    paths: list[Path]
+    manifest: Manifest
     labels: np.ndarray
     classes: list[str]
     groups: np.ndarray
-    lab: Lab
+    cache_dir: Path
 
-    def log_mels(self, front_end: FrontEnd) -> list[np.ndarray]:
-        """Log-mel of each whole clip, (n_mels, frames) float32; computed once, then read from disk."""
-        files = [[p.relative_to(self.root).as_posix(), p.stat().st_size] for p in self.paths]
+    @classmethod
+    def of(cls, name: str, manifest: Manifest, cache_dir: Path) -> AudioWorld:
+        names = [str(label) for label in manifest.labels]
+        classes = sorted(set(names))
+        labels = np.searchsorted(classes, names).astype(np.int64)
+        return cls(name, manifest, labels, classes, np.array([str(g) for g in manifest.groups]), cache_dir)
 
-        def compute() -> dict[str, np.ndarray]:
-            from unfused.data.audio import decode
-            from unfused.nn.log_mel import log_mel_many, trim
+    def __len__(self) -> int:
+        return len(self.labels)
 
-            mels = []
-            for start in range(0, len(self.paths), 256):
-                clips = [decode(path, front_end.sampling_rate) for path in self.paths[start : start + 256]]
-                if front_end.trim_db is not None:
-                    clips = [trim(clip, front_end.trim_db) for clip in clips]
-                mels += [np.asarray(mel, np.float32) for mel in log_mel_many(clips, front_end)]
-            return {"mels": np.concatenate(mels, 1), "frames": np.array([mel.shape[1] for mel in mels])}
+    def select(self, chosen: np.ndarray) -> AudioWorld:
+        """The clips of a mask or of indices."""
+        return AudioWorld.of(self.name, self.manifest.select(chosen), self.cache_dir)
 
-        params = {"files": files, "front_end": front_end.cache_key}
-        saved = self.lab.cached(f"log-mel-{self.name}", params, compute)
-        return np.split(saved["mels"], np.cumsum(saved["frames"])[:-1], axis=1)
+    def log_mels(self, front_end: FrontEnd) -> Sequence[np.ndarray]:
+        """Log-mel of each whole clip, (n_mels, frames) float32; computed once, then mapped from disk."""
+        from unfused.data.features import read_features
+        from unfused.data.files import Quarantine
+
+        bad = Quarantine()
+        found = read_features(self.manifest, front_end, self.cache_dir, bad)
+        if bad.rows:
+            raise ValueError(
+                f"{self.name}: {len(bad)} clips are damaged, such as {bad.rows[0]}; fetch it again"
+            )
+        return found.features
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +107,9 @@ def load(name: str, lab: Lab) -> AudioWorld | ImageWorld:
     if name == "digits":
         return _digits()
     if name == "sample":
-        return _sample(lab)
+        from unfused.data.sample import sample_manifest
+
+        return _audio(name, sample_manifest(), "group", lab)
     if name in _AUDIO:
         if lab.data_dir is None or not (lab.data_dir / "audio" / name).is_dir():
             where = lab.data_dir / "audio" / name if lab.data_dir else "no data folder"
@@ -104,25 +118,10 @@ def load(name: str, lab: Lab) -> AudioWorld | ImageWorld:
     raise ValueError(f"world={name!r} is not known: choose one of {', '.join(NAMES)}")
 
 
-def _audio(name: str, root: Path, group: str, lab: Lab) -> AudioWorld:
+def _audio(name: str, source: Path, group: str, lab: Lab) -> AudioWorld:
     from unfused.data.manifest import read_manifest
 
-    manifest = read_manifest(root, group=group)
-    labels = [str(label) for label in manifest.labels]
-    classes = sorted(set(labels))
-    return AudioWorld(
-        name,
-        root,
-        [manifest.root / path for path in manifest.paths],
-        np.searchsorted(classes, labels).astype(np.int64),
-        classes,
-        np.array([str(g) for g in manifest.groups]),
-        lab,
-    )
-
-
-def _sample(lab: Lab) -> AudioWorld:
-    raise Absent("sample: the embedded sample is not part of this installation")
+    return AudioWorld.of(name, read_manifest(source, group=group), lab.cache_dir / "features")
 
 
 def _digits() -> ImageWorld:
