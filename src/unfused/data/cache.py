@@ -199,7 +199,8 @@ class FeatureCache:
             try:
                 return attempt()
             except sqlite3.DatabaseError as error:
-                if not _is_corrupt(error):
+                # An I/O error is what a writer sees whose index another process has just thrown away.
+                if not (_is_corrupt(error) or "disk I/O error" in str(error)):
                     raise
                 return attempt()
 
@@ -217,8 +218,9 @@ class FeatureCache:
             except sqlite3.DatabaseError as error:
                 if not _is_corrupt(error):
                     raise
-            for broken in (path, Path(f"{path}-journal")):
-                broken.unlink(missing_ok=True)
+            # The journal first: once the index is gone, another process may be writing a new one.
+            Path(f"{path}-journal").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             return self._connect(path)
 
     def _connect(self, path: Path) -> sqlite3.Connection:
