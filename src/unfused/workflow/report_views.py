@@ -6,6 +6,7 @@ Positions are percentages of a chart's width, so that charts stretch with the pa
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,18 +30,19 @@ def facts(data: ReportData) -> list[tuple[str, str, str]]:
     """(name, value, remark) of what the folder holds."""
     summary = dict(data.summary)
     modality = str(summary.pop("modality", ""))
-    summary.pop("per_class", None)
+    used = sum((summary.pop("per_class", None) or {}).values())
     facts: list[tuple[str, str, str]] = []
 
     def fact(key: str, name: str, remark: str = "", form: Callable[[Any], str] = "{:,}".format) -> None:
         value = summary.pop(key, None)
-        if value is not None:
+        if value is not None and (value or key in ("files", "usable", "labelled")):
             facts.append((name, form(value), remark))
 
     fact("files", "files")
     fact("usable", wording.noun(modality))
     fact("quarantined", "set aside")
-    fact("labelled", "labels", "trained on")
+    labelled = summary.get("labelled")
+    fact("labelled", "labels", f"{used:,} trained on" if used and used != labelled else "")
     fact("held_out", "held out", "to test on")
     fact("classes", "classes")
     fact("groups", "groups", "never split")
@@ -163,11 +165,11 @@ def comparison(data: ReportData) -> dict[str, Any] | None:
         "has_interval": bool(shown),
         "chance": chance,
         "chance_at": axis(chance) if chance and axis.low <= chance <= axis.high else None,
-        "paired": _paired(data, {name: len(seeds[name]) for name in order}),
+        "paired": _paired(data),
     }
 
 
-def _paired(data: ReportData, draws: Mapping[str, int]) -> dict[str, Any] | None:
+def _paired(data: ReportData) -> dict[str, Any] | None:
     if not data.paired:
         return None
     ends = [interval_of(pair.get("interval")) for pair in data.paired]
@@ -176,16 +178,23 @@ def _paired(data: ReportData, draws: Mapping[str, int]) -> dict[str, Any] | None
     )
     rows = []
     for pair, interval in zip(data.paired, ends, strict=True):
-        count = pair.get("n") or min(draws.get(pair["a"], 0), draws.get(pair["b"], 0)) or None
         rows.append(
             {
-                "sentence": wording.paired_sentence(pair, count),
+                "sentence": wording.paired_sentence(pair, paired_draws(pair, data.methods)),
                 "at": axis(float(pair["mean"])),
                 "whisker": (axis(interval[0]), axis(interval[1])) if interval else None,
                 "clear": interval is not None and (interval[0] > 0 or interval[1] < 0),
             }
         )
     return {"rows": rows, "ticks": axis.ticks(), "zero": axis(0.0)}
+
+
+def paired_draws(pair: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """How many draws a paired difference is over: said by it, or what both methods have."""
+    both = (
+        methods[name]["accuracy"].get("seeds") or () for name in (pair["a"], pair["b"]) if name in methods
+    )
+    return pair.get("n") or min(map(len, both), default=0) or None
 
 
 def groups(data: ReportData) -> dict[str, Any] | None:
@@ -408,24 +417,36 @@ def _smooth(xy: Sequence[tuple[float, float]]) -> list[tuple[float, float]] | No
 
 
 def stages(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """One row a stage; a method's repetitions ("scratch/0", "scratch/1", ...) are one row together."""
     if not stages:
         return None
-    seconds = [float(stage.get("seconds") or 0.0) for stage in stages]
-    peaks = [stage["peak_mib"] for stage in stages if is_number(stage.get("peak_mib"))]
+    together: dict[str, list[Mapping[str, Any]]] = {}
+    for stage in stages:
+        together.setdefault(re.sub(r"/\d+$", "", str(stage["name"])), []).append(stage)
+    seconds = {name: sum(float(row.get("seconds") or 0.0) for row in rows) for name, rows in together.items()}
+    longest = max(seconds.values()) or 1.0
+
+    def most(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
+        return max((row[key] for row in rows if is_number(row.get(key))), default=None)
+
+    def detail(rows: Sequence[Mapping[str, Any]]) -> str:
+        draws = f"{len(rows)} draws" if len(rows) > 1 else ""
+        return ", ".join(filter(None, (draws, visible(rows[0].get("detail") or ""))))
+
     return {
         "rows": [
             {
-                "name": visible(stage["name"]),
-                "seconds": wording.duration(taken),
-                "width": 100 * taken / (max(seconds) or 1.0),
-                "memory": wording.memory(stage.get("peak_mib")),
-                "parameters": wording.quantity(stage.get("parameters")),
-                "detail": visible(stage.get("detail") or ""),
-                "reused": bool(stage.get("reused")),
+                "name": visible(name),
+                "seconds": wording.duration(seconds[name]),
+                "width": 100 * seconds[name] / longest,
+                "memory": wording.memory(most(rows, "peak_mib")),
+                "parameters": wording.quantity(most(rows, "parameters")),
+                "detail": detail(rows),
+                "reused": all(row.get("reused") for row in rows),
             }
-            for stage, taken in zip(stages, seconds, strict=True)
+            for name, rows in together.items()
         ],
-        "total": wording.duration(sum(seconds)),
-        "peak": wording.memory(max(peaks)) if peaks else wording.DASH,
+        "total": wording.duration(sum(seconds.values())),
+        "peak": wording.memory(most(stages, "peak_mib")),
         "any_reused": any(stage.get("reused") for stage in stages),
     }

@@ -177,12 +177,12 @@ def paired_sentence(pair: Mapping[str, Any], draws: int | None = None) -> str:
 
     >>> paired_sentence({"a": "unfused", "b": "scratch", "mean": 0.05, "interval": [0.01, 0.09]}, 5)
     'unfused is above scratch by 0.050 (0.010 to 0.090) over 5 paired draws'
-    >>> paired_sentence({"a": "unfused", "b": "fine-tune", "mean": -0.01, "interval": [-0.04, 0.02]})
-    'unfused and fine-tune are not told apart: difference −0.010 (−0.040 to 0.020)'
+    >>> paired_sentence({"a": "unfused", "b": "fine-tune", "mean": -0.01, "interval": [-0.04, 0.02]}, 1)
+    'unfused and fine-tune are not told apart: difference −0.010 (−0.040 to 0.020) on the same held-out items'
     """
     a, b, mean = visible(pair["a"]), visible(pair["b"]), float(pair["mean"])
     ends = interval_of(pair.get("interval"))
-    over = f" over {plural(draws, 'paired draw')}" if draws else ""
+    over = "" if not draws else f" over {draws} paired draws" if draws > 1 else " on the same held-out items"
     if ends is None:
         return f"{a} minus {b} is {score(mean)}: without an interval that is no verdict"
     if ends[0] > 0 or ends[1] < 0:
@@ -225,8 +225,8 @@ def headline(
             mean = percent(methods[order[1]]["accuracy"]["mean"])
             text += f"; next of {len(order)} methods is {visible(order[1])}, {mean}"
         return text + "."
-    if summary.get("labelled"):
-        trained = items(summary["labelled"], modality)
+    if labelled := sum((summary.get("per_class") or {}).values()) or summary.get("labelled"):
+        trained = items(labelled, modality)
         return f"Trained on {trained} with labels. Nothing was held out, so no accuracy is known."
     queue = len(list(to_label))
     if not queue:
