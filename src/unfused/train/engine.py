@@ -197,8 +197,8 @@ class Engine(Trainer):
         self.model_accepts_loss_kwargs = False
         if output_dir and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                "checkpoints of a sharded model (FSDP, DeepSpeed) are not supported: leave output_dir out and save "
-                "the weights after training, or launch with DDP"
+                "checkpoints of a sharded model (FSDP, DeepSpeed) are not supported: leave output_dir out and "
+                "save the weights after training, or launch with DDP"
             )
 
     # ---- data, optimizer, schedule
