@@ -569,7 +569,7 @@ class ImageAugment(nn.Module):
             if self.training:
                 rgb = self._colour(self._cut(rgb, side)).clamp_(0, 1)
             elif x.shape[-2:] != (side, side):
-                rgb = F.interpolate(rgb, (side, side), mode="bilinear", antialias=True)
+                rgb = F.interpolate(rgb, (side, side), mode="bicubic", antialias=True).clamp_(0, 1)
             elif x.is_floating_point():
                 return x
             return (rgb - self.mean) / self.std

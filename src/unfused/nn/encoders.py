@@ -1,7 +1,6 @@
-"""Encoders other than AudioNTT under its contract: small image models and any pretrained audio model of
-transformers.
+"""Encoders besides AudioNTT: small image models, and any pretrained audio model of transformers as a teacher.
 
-An encoder has ``forward(x) -> (frames (batch, T, D), [block features (batch, block_dims[i])])``,
+All under one contract: ``forward(x) -> (frames (batch, T, D), [block features (batch, block_dims[i])])``,
 ``pool(frames)``, ``embed(x) -> (batch, embedding_dim)``, ``embedding_dim`` and ``block_dims``: all that the
 methods here need of it.
 """
@@ -74,8 +73,7 @@ class _ImageEncoder(nn.Module):
     def to_classifier(
         self, num_labels: int | Mapping[int, str], id2label: Mapping[int, str] | None = None
     ) -> Any:
-        """transformers' classifier around THIS encoder (shared, not copied), with a new linear head on
-        ``embed(x)``.
+        """A transformers classifier around THIS encoder (shared, not copied), with a new head on ``embed(x)``.
 
         Parameters
         ----------
@@ -223,7 +221,7 @@ def _quarter_indices(depth: int) -> list[int]:
 def image_processor(size: int, mean: Sequence[float], std: Sequence[float]) -> Any:
     """transformers' image processor for pictures prepared as :func:`unfused.data.images.decode_image` does.
 
-    Shorter side to ``size`` (bilinear), centre crop, 0..1, normalise. It needs Pillow only; saved beside a
+    Shorter side to ``size`` (bicubic), centre crop, 0..1, normalise. It needs Pillow only; saved beside a
     model it is what ``pipeline("image-classification", model=folder)`` loads, with torchvision or without.
 
     Parameters
@@ -239,10 +237,12 @@ def image_processor(size: int, mean: Sequence[float], std: Sequence[float]) -> A
     >>> processor(np.zeros((80, 100, 3), np.uint8), return_tensors="pt")["pixel_values"].shape
     torch.Size([1, 3, 64, 64])
     """
+    from transformers.image_utils import PILImageResampling
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     return ViTImageProcessorPil(
         do_convert_rgb=True,
+        resample=PILImageResampling.BICUBIC,
         size={"shortest_edge": size},
         do_center_crop=True,
         crop_size={"height": size, "width": size},
