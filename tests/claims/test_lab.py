@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,7 +135,12 @@ def test_tables_show_arms_groups_and_ablations(lab):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))
     console.print(verdict.table())
     text = console.export_text()
-    assert "REFUTED" in text and "refuted if the interval" in text and "one note" in text
+    assert "some-method on fsdd: it runs; a smoke run is no result" in text
+    assert (
+        "REFUTED (desk" in replace(verdict, scale="desk").summary()
+        and "refuted if the interval" in text
+        and "one note" in text
+    )
 
 
 def test_a_rule_is_asked_for(lab):

@@ -72,6 +72,7 @@ def test_groups_are_never_on_both_sides_of_a_fold():
     assert len(folds) == 5
     assert all(not set(groups[train]) & set(groups[test]) for train, test in folds)
     assert len(list(_folds(y, np.repeat("a", 40), 0))) == 5  # one group only: plain folds
+    assert len(list(_folds(y[:12], np.arange(12), 0))) == 3  # no more folds than points of a class
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import os
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +198,7 @@ def run(
         except Exception as error:  # the next claim must still run
             failures[claim.slug] = f"{type(error).__name__}: {error}"
             if console:
-                console.print_exception()
+                console.print(traceback.format_exc(), markup=False, highlight=False)
             continue
         verdicts += found
         path = record(claim, found) if found and keep else None

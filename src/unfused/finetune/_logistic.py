@@ -53,12 +53,12 @@ def check(x: Any, y: Any, name: str = "features") -> tuple[np.ndarray, np.ndarra
 def _folds(y: np.ndarray, groups: Any, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     folds = min(FOLDS, int(np.unique(y, return_counts=True)[1].max()))
     whole = len(np.unique(groups)) if groups is not None else 0
-    if whole > 1:  # whole groups: the penalty must suit an unseen one
-        splits = StratifiedGroupKFold(min(FOLDS, whole), shuffle=True, random_state=seed)
-    elif folds > 1:
-        splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    else:
+    if folds < 2:
         return
+    if whole > 1:  # whole groups: the penalty must suit an unseen one
+        splits = StratifiedGroupKFold(min(folds, whole), shuffle=True, random_state=seed)
+    else:
+        splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", UserWarning

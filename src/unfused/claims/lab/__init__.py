@@ -128,7 +128,9 @@ class Lab:
             return False
         return True
 
-    def cached(self, name: str, params: Mapping[str, Any], compute: Callable[[], T]) -> T:
+    def cached(
+        self, name: str, params: Mapping[str, Any], compute: Callable[[], T], uses: Sequence[Any] = ()
+    ) -> T:
         """`compute()`, or what it gave when it was last called with these parameters and this code.
 
         Call it once per unit (seed, held-out group, arm) and a killed claim goes on where it stopped.
@@ -138,13 +140,17 @@ class Lab:
         name : str
             Readable start of the file name.
         params : mapping
-            Everything that the result depends on, JSON-able. The code is added to it: the module that defines
-            `compute` and all of `unfused` that this module imports, without comments and docstrings.
+            Everything that the result depends on, JSON-able; of data, `world.fingerprint`. The code is added:
+            the module that defines `compute` and all of `unfused` that this module imports, without comments
+            and docstrings.
         compute : callable
             Gives a nest of dicts, lists, scalars, numpy arrays, tensors. Tuples come back as lists.
+        uses : sequence of functions or classes, optional
+            Handed to `compute` from elsewhere: their modules count as code too.
         """
-        file = inspect.getsourcefile(inspect.unwrap(compute))
-        stem = self.cache_dir / cache.key(name, params, code_hash(file) if file else "")
+        files = (inspect.getsourcefile(inspect.unwrap(used)) for used in (compute, *uses))
+        code = " ".join(code_hash(file) for file in files if file)
+        stem = self.cache_dir / cache.key(name, params, code)
         if (hit := cache.load(stem)) is None:
             start = self._clock()
             value = compute()

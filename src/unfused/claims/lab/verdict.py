@@ -246,7 +246,9 @@ class Verdict:
     def summary(self) -> str:
         """One line: the verdict and what it was measured on."""
         word = "holds" if self.holds else "REFUTED"
-        return f"{self.slug} on {self.world}: {word} ({self.scale}, {self.seeds} seeds, {self.seconds:.0f} s)"
+        word = "it runs; a smoke run is no result" if self.scale == "smoke" else word
+        where = f" on {self.world}" if self.world else ""
+        return f"{self.slug}{where}: {word} ({self.scale}, {self.seeds} seeds, {self.seconds:.0f} s)"
 
     def table(self) -> Group:
         """A rich renderable: the sentence, the verdict, the arms, the ablations."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,6 +62,13 @@ class AudioWorld:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the files (names and sizes), labels and groups."""
+        files = [[name, (self.manifest.root / name).stat().st_size] for name in self.manifest.paths]
+        text = json.dumps([files, self.manifest.labels, self.groups.tolist()])
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
     def select(self, chosen: np.ndarray) -> AudioWorld:
         """The clips of a mask or of indices."""
