@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from unfused.data.manifest import Manifest
 from unfused.data.splits import few_shot, hold_out, validation_split
 
-settings.register_profile("splits", max_examples=60, deadline=None)
-settings.load_profile("splits")
+few_examples = settings(max_examples=60, deadline=None)
 
 labels = st.lists(st.sampled_from(["dog", "cat", "owl", None]), min_size=4, max_size=60)
 grouped = st.lists(
@@ -30,6 +29,7 @@ def corpus(labels: list, groups: list | None = None, split: list | None = None) 
     return Manifest(Path("/data"), paths, labels, groups or [None] * n, split or [None] * n)
 
 
+@few_examples
 @given(labels, fractions, seeds)
 def test_a_fraction_of_each_class(labels: list, fraction: float, seed: int) -> None:
     manifest = corpus(labels)
@@ -49,6 +49,7 @@ def test_a_fraction_of_each_class(labels: list, fraction: float, seed: int) -> N
         assert taken.total() == round(fraction * sizes.total())
 
 
+@few_examples
 @given(labels, fractions, seeds, st.randoms())
 def test_neither_order_nor_repetition_matters(labels: list, fraction: float, seed: int, random) -> None:
     manifest = corpus(labels)
@@ -62,6 +63,7 @@ def test_neither_order_nor_repetition_matters(labels: list, fraction: float, see
     assert np.array_equal(hold_out(manifest.select(np.array(order)), fraction, seed), chosen[order])
 
 
+@few_examples
 @given(grouped, fractions, seeds, st.randoms())
 def test_no_group_is_on_both_sides(rows: list, fraction: float, seed: int, random) -> None:
     labels, groups = [row[0] for row in rows], [row[1] for row in rows]
@@ -153,6 +155,7 @@ def test_messages(test: float | str, message: str) -> None:
         hold_out(corpus([None, None]), 0.5)
 
 
+@few_examples
 @given(labels, st.integers(1, 9), seeds)
 def test_few_shot(labels: list, per_class: int, seed: int) -> None:
     eligible = np.arange(len(labels)) % 3 > 0
@@ -175,6 +178,7 @@ def test_few_shot_is_uniform() -> None:
         few_shot(["dog"], 0)
 
 
+@few_examples
 @given(grouped, st.floats(0, 0.9), seeds)
 def test_validation_split(rows: list, fraction: float, seed: int) -> None:
     rows = [row for row in rows if row[0] is not None]
