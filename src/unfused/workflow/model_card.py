@@ -94,7 +94,7 @@ def model_card(
     if method == "unfused" and settings.get("propagate") is False:
         method_text = _METHODS["unfused-literal"]
     else:
-        method_text = _METHODS.get(method, method)
+        method_text = _METHODS.get(method, "")
     things = wording.noun("image" if task.startswith("image") else "audio")
     sections = [
         _front_matter(name, task, method, data, methods, settings),
@@ -226,7 +226,7 @@ def _data(data: Mapping[str, Any], things: str) -> str:
 
 
 def _method(method: str, text: str, settings: Mapping[str, Any], parameters: int | None) -> str:
-    rows = [f"`{method}`: {text}."]
+    rows = [f"{_escape(method)}: {text}." if text else f"{_escape(method)}."]
     details = [
         f"{name.replace('_', ' ')} {_escape(settings[name])}"
         for name in ("teacher", "clusters", "width", "seed")
@@ -257,7 +257,7 @@ def _evaluation(
     held_out = f"{data['held_out']:,} {things}" if data.get("held_out") else f"the held-out {things}"
     split = [f"On {held_out}"]
     if settings.get("test") is not None:
-        split.append(f"held out by `--test {visible(settings['test'])}`")
+        split.append(f"held out by test = {_escape(settings['test'])}")
     if settings.get("labels_per_class") is not None:
         split.append(f"with {wording.plural(settings['labels_per_class'], 'label')} a class")
     order = [name for name in scored if name in wording.BOUNDS] + wording.ranked(scored)

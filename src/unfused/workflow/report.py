@@ -8,6 +8,7 @@ lets the page's one script run and nothing else.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -108,28 +109,12 @@ def render_report(data: ReportData, max_preview_mib: float = 6.0) -> str:
     >>> page.startswith("<!doctype html>"), "birds" in page
     (True, True)
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     media, media_of = choose_previews(data.map, data.to_label[: views.QUEUE_MOST], max_preview_mib)
     chart = cluster_map(data, media_of)
     script, style = _asset("report.js"), _asset("report.css")
-    environment = Environment(
-        loader=PackageLoader("unfused.workflow"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "visible": wording.visible,
-        "pc": lambda value: f"{value:.2f}%",
-        "score": wording.score,
-        "duration": wording.duration,
-        "memory": wording.memory,
-        "quantity": wording.quantity,
-    }
-    page = environment.get_template("report.html.j2").render(
+    page = _template().render(
         data=data,
         noun=wording.noun(str(data.summary.get("modality", ""))),
         headline=wording.headline(data.summary, data.methods, data.to_label),
@@ -165,6 +150,26 @@ def write_report(path: str | Path, data: ReportData, max_preview_mib: float = 6.
         file.write(page.encode("utf-8"))
 
 
+@functools.cache
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("unfused.workflow"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "visible": wording.visible,
+        "pc": lambda value: f"{value:.2f}%",
+        "score": wording.score,
+    }
+    return environment.get_template("report.html.j2")
+
+
+@functools.cache
 def _asset(name: str) -> str:
     return (resources.files("unfused.workflow") / "templates" / name).read_text(encoding="utf-8")
 

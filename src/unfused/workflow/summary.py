@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["print_summary"]
 
-WHISKER = 28  # characters of the dot-and-whisker column
+WHISKER = 20  # characters of the dot-and-whisker column
 QUEUE = 5
 
 
@@ -75,7 +75,7 @@ def _comparison(data: ReportData, console: Any) -> None:
     values = [v for name in order for v in (accuracy[name]["mean"], *(ends[name] or ())) if is_number(v)]
     low, high = min(values, default=0.0), max(values, default=1.0)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", overflow="ellipsis", max_width=24, no_wrap=True)
+    table.add_column("method", overflow="ellipsis", max_width=20, no_wrap=True)
     for heading in ("accuracy", "95 % interval", "", "time"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     best = wording.ranked(data.methods)[:1]
