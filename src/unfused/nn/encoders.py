@@ -73,7 +73,7 @@ class _ImageEncoder(nn.Module):
     def to_classifier(
         self, num_labels: int | Mapping[int, str], id2label: Mapping[int, str] | None = None
     ) -> Any:
-        """A transformers classifier around THIS encoder (shared, not copied), with a new head on ``embed(x)``.
+        """A transformers classifier around THIS encoder (shared, not copied), a new head on ``embed(x)``.
 
         Parameters
         ----------
