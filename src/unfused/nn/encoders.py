@@ -110,7 +110,8 @@ class ResNetEncoder(_ImageEncoder):
     """A small ResNet of transformers: basic blocks, four stages, three of them with block features.
 
     Its stem (7x7 convolution and pooling) divides the side by 4 and the stages by 8 more, and a saved model
-    must keep it to be loadable without us. So give small pictures at twice their size: 64 for CIFAR's 32.
+    must keep it to be loadable without us. Enlarging 32-pixel pictures to 64 makes a step 2.5 times as long;
+    on CIFAR-10 (2,000 labels, one seed) it gave .43 for .41 at equal steps, and .43 for .48 at equal time.
 
     Parameters
     ----------
