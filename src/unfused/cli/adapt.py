@@ -1,0 +1,118 @@
+"""`unfused adapt` and `unfused predict`: the main job."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    @app.command("adapt")
+    def adapt_command(
+        source: str | None = typer.Argument(
+            None,
+            help="Folder (class folders give labels), CSV or JSONL manifest, or hub data set id. Default: the embedded sample.",
+        ),
+        labels: str | None = typer.Option(None, help="CSV with columns path,label; blank: unlabelled."),
+        name: str | None = typer.Option(None, help="Name of the run folder. Default: that of SOURCE."),
+        output: str | None = typer.Option(None, help="Folder of run folders. Default: runs."),
+        modality: str | None = typer.Option(None, help="auto, audio or image."),
+        method: str | None = typer.Option(
+            None,
+            help="Comma list, the first one's model is kept: unfused, unfused-literal, unfused-propagate, fine-tune, "
+            "linear-probe, scratch, classic, ceiling. Default: unfused,classic.",
+        ),
+        teacher: str | None = typer.Option(
+            None,
+            help="contrastive (default), decar, delores-s, delores-m, slicer, random, or path or hub id of an audio encoder.",
+        ),
+        clusters: str | None = typer.Option(None, help="Number of clusters, or auto (default)."),
+        propagate: bool | None = typer.Option(
+            None,
+            "--propagate/--literal",
+            help="Targets of the student once labels exist: classes spread over the clusters, or the paper's cluster ids.",
+        ),
+        group: str | None = typer.Option(None, help="Regular expression on the path, or column: speaker, site, device."),
+        test: str | None = typer.Option(None, help="Held out: a fraction, a file of paths, or GROUP=VALUE."),
+        labels_per_class: int | None = typer.Option(None, help="Hide all but so many labels a class."),
+        inductive: bool | None = typer.Option(
+            None, "--inductive/--transductive", help="Keep held-out files out of the unlabelled pool."
+        ),
+        seed: int | None = typer.Option(None, help="Default: 0."),
+        seeds: int | None = typer.Option(None, help="Repetitions, for intervals. Default: 1."),
+        width: int | None = typer.Option(None, help="Channels of the encoder. Default: 32."),
+        pretrain_steps: int | None = typer.Option(None, help="Default: grows with the data."),
+        distil_steps: int | None = typer.Option(None, help="Default: grows with the data."),
+        fine_tune_steps: int | None = typer.Option(None, help="Default: 150."),
+        queue: int | None = typer.Option(None, help="Rows of to_label.csv. Default: 50."),
+        config: str | None = typer.Option(None, help="Settings of an earlier run: runs/NAME/config.yaml."),
+        cache: str | None = typer.Option(None, help="Folder of the feature cache. Default: ~/.cache/unfused."),
+        threads: int | None = typer.Option(None, help="Processor threads. Default: all."),
+        quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress."),
+    ) -> None:
+        """From a folder of recordings or pictures and few labels, or none, to a model and a report."""
+        from unfused.workflow.adapt import adapt
+
+        if threads is not None:
+            import torch
+
+            if threads < 1:
+                raise ValueError(f"threads={threads} must be at least 1")
+            torch.set_num_threads(threads)
+        run = adapt(
+            source,
+            labels,
+            progress=not quiet,
+            cache=cache,
+            name=name,
+            output=output,
+            modality=modality,
+            method=method,
+            teacher=teacher,
+            clusters=clusters,
+            propagate=propagate,
+            group=group,
+            test=test,
+            labels_per_class=labels_per_class,
+            inductive=inductive,
+            seed=seed,
+            seeds=seeds,
+            width=width,
+            pretrain_steps=pretrain_steps,
+            distil_steps=distil_steps,
+            fine_tune_steps=fine_tune_steps,
+            queue=queue,
+            config=config,
+        )
+        typer.echo(str(run.path))
+
+    @app.command("predict")
+    def predict_command(
+        model: str = typer.Argument(..., help="Folder that `unfused adapt` wrote: runs/NAME/model."),
+        files: list[str] = typer.Argument(..., help="Files to classify."),
+        csv: str | None = typer.Option(None, help="Write path,label,confidence and a column per class here."),
+    ) -> None:
+        """Classify files with a model that `unfused adapt` made."""
+        from unfused.data.files import Quarantine, printable, write_csv
+        from unfused.workflow.predict import AdaptedModel
+
+        adapted, bad = AdaptedModel.load(model), Quarantine()
+        probabilities = adapted.predict_proba(files, bad)
+        rows = []
+        for path, row in zip(files, probabilities, strict=True):
+            if path in bad:
+                rows.append([path, "", ""] + [""] * len(row))
+            else:
+                rows.append([path, adapted.classes[row.argmax()], f"{row.max():.4f}", *(f"{p:.6f}" for p in row)])
+        if csv is not None:
+            write_csv(Path(csv), ("path", "label", "confidence", *adapted.classes), rows)
+        else:
+            for path, label, confidence, *_ in rows:
+                if label:
+                    typer.echo(f"{printable(path)}\t{label}\t{confidence}")
+        for path, reason in bad.rows:
+            print(f"unfused: {printable(path)}: {reason}", file=sys.stderr)
+        if len(bad) == len(files):
+            raise typer.Exit(1)

@@ -1,0 +1,521 @@
+"""`unfused.adapt`: from a folder of recordings (or pictures) and few labels, or none, to a model.
+
+Read the function `adapt` from top to bottom: read, pretrain, cluster, distil, fine-tune, evaluate, write.
+
+Reference: UNFUSED: UNsupervised Finetuning Using SElf supervised Distillation, 2023, arXiv:2303.05668.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unfused.data.files import Quarantine, atomic_write, printable, read_json, write_csv, write_json
+from unfused.workflow.arms import Bench, Draw, Outcome
+from unfused.workflow.modality import Audio, Corpus, Image, Inputs, Modality
+from unfused.workflow.run_folder import RunFolder
+from unfused.workflow.settings import TEACHERS, Settings
+
+__all__ = ["Run", "adapt"]
+
+
+@dataclass
+class Run:
+    """What `adapt` made.
+
+    Attributes
+    ----------
+    path : Path
+        The run folder.
+    metrics : dict
+        As in `metrics.json`.
+    to_label : list of dict
+        The clips most worth labelling, best first: `path`, `cluster`, `reason`.
+    settings : Settings
+    """
+
+    path: Path
+    metrics: dict[str, Any]
+    to_label: list[dict[str, Any]]
+    settings: Settings
+    _model: Any = field(default=None, repr=False)
+
+    @property
+    def model(self) -> Any:
+        """The adapted model: `predict(paths)`, and every attribute of the transformers model inside it."""
+        if self._model is None:
+            from unfused.workflow.predict import AdaptedModel
+
+            if not (self.path / "model" / "config.json").exists():
+                raise ValueError(
+                    f"{self.path} holds no model yet: it had no labels. Fill in {self.path / 'to_label.csv'} and run again"
+                )
+            self._model = AdaptedModel.load(self.path / "model")
+        return self._model
+
+
+def adapt(
+    source: str | os.PathLike[str] | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    *,
+    progress: bool | Callable[..., Any] = False,
+    cache: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Run:
+    """Adapt a model to a folder of recordings or pictures with few labels or none.
+
+    Stage by stage: read the files; pretrain a teacher on all of them without labels; cluster its features; distil the
+    clusters (or, as soon as labels exist, what the labels say of them) into a freshly initialised student; fine-tune it
+    on the labels; evaluate on what is held out. A killed run continues where it was; a repeated one recomputes nothing.
+
+    Parameters
+    ----------
+    source : path or str, optional
+        A folder (sub-folders are classes when `labels` is not given), a CSV or JSONL manifest, a hub data set id, or a
+        data set saved by `datasets`. Default: the embedded sample of spoken words.
+    labels : path, optional
+        CSV with columns `path,label`; blank means unlabelled.
+    progress : bool, default=False
+        Show progress bars on the terminal.
+    cache : path, optional
+        Folder of the feature cache; default `$UNFUSED_CACHE` or `~/.cache/unfused`.
+    name : str, optional
+        Of the run folder; default: the name of `source`.
+    output : str, default="runs"
+        Folder of run folders.
+    modality : {"auto", "audio", "image"}
+    method : str or sequence of str, default="unfused,classic"
+        Methods to compare; the first one's model is kept. `unfused`, `unfused-literal`, `unfused-propagate`,
+        `fine-tune`, `linear-probe`, `scratch`, `classic`, and `ceiling` (the student trained on all true labels of the
+        training clips, a bound and not a method).
+    teacher : str, default="contrastive"
+        Self-supervised objective (`contrastive`, `decar`, `delores-s`, `delores-m`, `slicer`; `random`: none), or the
+        path or hub id of any transformers audio encoder.
+    clusters : int or "auto", default="auto"
+        Number of clusters; "auto" takes the one that two varied copies of the data agree on best.
+    propagate : bool, default=True
+        What `unfused` means once labels exist: labels spread over the pool and averaged per cluster become the targets
+        (True), or the paper's cluster ids do (False).
+    group : str, optional
+        Regular expression on the path, or column: speaker, site, device. No group is on both sides of the split, and
+        features are standardised per group before clustering.
+    test : str, optional
+        What to hold out: a fraction ("0.2"), a file of paths, or "GROUP=VALUE". Default 0.2 where there are at least 5
+        labels a class.
+    labels_per_class : int, optional
+        Hide all but so many labels a class, to simulate scarcity.
+    inductive : bool, default=False
+        Keep the held-out clips out of the unlabelled pool.
+    seed : int, default=0
+    seeds : int, default=1
+        Repetitions, each with its own draw of `labels_per_class` and its own initialisation.
+    width : int, default=32
+        Channels of the encoder.
+    pretrain_steps, distil_steps, fine_tune_steps : int, optional
+        Optimizer steps; defaults grow with the data.
+    queue : int, default=50
+        Rows of `to_label.csv`.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    ValueError
+        For unknown options, unreadable sources, impossible splits; the message names the argument and the fix.
+
+    References
+    ----------
+    UNFUSED: UNsupervised Finetuning Using SElf supervised Distillation, arXiv:2303.05668.
+
+    Examples
+    --------
+    >>> from unfused import adapt
+    >>> run = adapt("recordings/", labels="labels.csv", group="speaker", seed=0)  # doctest: +SKIP
+    >>> run.metrics["methods"]["unfused"]["accuracy"]["mean"]                     # doctest: +SKIP
+    >>> run.model.predict(["new.wav"])                                            # doctest: +SKIP
+    """
+    from unfused.workflow.products import write_products
+    from unfused.workflow.progress import Console
+
+    settings = _settings(source, labels, options)
+    begin = time.perf_counter()
+    console = Console(progress)
+    path = Path(settings.output) / settings.name
+    with _sole_user(path, settings):
+        quarantine = Quarantine()
+        run = RunFolder(path, console.stage)
+        modality, corpus, groups = _read(settings, path, quarantine, cache, console)
+        labels_known = _labels(corpus, path)
+        classes = sorted({label for label in labels_known if label is not None})
+        truth = np.array([classes.index(x) if x is not None else -1 for x in labels_known])
+        test = _held_out(settings, corpus, labels_known, truth)
+        pool = ~test if settings.inductive else np.ones(len(corpus), bool)
+        _check(settings, corpus, truth, test, classes)
+        console.summary(settings, corpus, quarantine, labels_known, classes, groups, test)
+
+        bench = _prepare(settings, run, modality, corpus, groups, truth, classes, pool, test, console)
+        draws = _draws(settings, truth, test, classes)
+        outcomes = _compare(settings, run, bench, draws, console)
+        metrics, queue = write_products(
+            settings=settings,
+            run=run,
+            bench=bench,
+            draws=draws,
+            outcomes=outcomes,
+            labels=labels_known,
+            quarantine=quarantine,
+            seconds=time.perf_counter() - begin,
+            console=console,
+        )
+    return Run(path, metrics, queue, settings)
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def _settings(source: Any, labels: Any, options: dict[str, Any]) -> Settings:
+    config = options.pop("config", None)
+    given = {name: value for name, value in options.items() if value is not None}
+    if config is not None:
+        base = Settings.read(config).to_dict()
+    elif source is None:
+        from unfused.data.sample import sample_manifest
+
+        base = {"source": str(sample_manifest()), "name": "sample", "group": "group", "labels_per_class": 5}
+    else:
+        base = {"source": os.fspath(source)}
+    if source is not None:
+        base["source"] = os.fspath(source)
+    if labels is not None:
+        base["labels"] = os.fspath(labels)
+    if "clusters" in given:
+        given["clusters"] = str(given["clusters"])
+    if "test" in given:
+        given["test"] = str(given["test"])
+    if not isinstance(given.get("method", ""), str):
+        given["method"] = tuple(given["method"])
+    base.setdefault("name", _name_of(base["source"]))
+    unknown = sorted(set(given) - set(Settings.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}: there are {sorted(Settings.__dataclass_fields__)}")
+    return Settings(**{**base, **given})
+
+
+def _name_of(source: str) -> str:
+    stem = Path(source.rstrip("/")).resolve().name if os.path.exists(source) else source
+    for suffix in (".csv", ".jsonl", ".tsv"):
+        stem = stem.removesuffix(suffix)
+    kept = "".join(c if c.isalnum() or c in "._+-" else "-" for c in stem.encode("ascii", "ignore").decode())
+    return kept.strip("-.") or "run"
+
+
+@contextmanager
+def _sole_user(path: Path, settings: Settings):
+    """Hold the run folder; refuse one that belongs to another source."""
+    from unfused.data.files import disk_errors
+
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        config = path / "config.yaml"
+        if config.exists():
+            earlier = Settings.read(config)
+            if _same(earlier.source) != _same(settings.source):
+                raise ValueError(
+                    f"name={settings.name!r}: {path} already holds a run on {printable(earlier.source)}; give another name"
+                )
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            fcntl = None  # type: ignore[assignment]
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ValueError(
+                        f"name={settings.name!r}: another process is working in {path}; wait for it"
+                    ) from None
+            settings.write(config)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _same(source: str) -> str:
+    return os.path.realpath(source) if os.path.exists(source) else source
+
+
+# --- 1 read ---------------------------------------------------------------------------------------------------------
+
+
+def _read(
+    settings: Settings, path: Path, quarantine: Quarantine, cache: Any, console: Any
+) -> tuple[Modality, Corpus, np.ndarray | None]:
+    from unfused.data.audio import AUDIO_EXTENSIONS
+    from unfused.data.images import IMAGE_EXTENSIONS
+    from unfused.data.manifest import read_manifest
+
+    extensions = {"audio": AUDIO_EXTENSIONS, "image": IMAGE_EXTENSIONS}.get(
+        settings.modality, AUDIO_EXTENSIONS | IMAGE_EXTENSIONS
+    )
+    manifest = read_manifest(
+        settings.source,
+        labels=settings.labels,
+        group=settings.group,
+        extensions=extensions,
+        quarantine=quarantine,
+        export_to=path / "hub",
+    )
+    kind = settings.modality
+    if kind == "auto":
+        pictures = sum(os.path.splitext(p)[1].lower() in IMAGE_EXTENSIONS for p in manifest.paths)
+        kind = "image" if pictures * 2 > len(manifest.paths) else "audio"
+        wrong = AUDIO_EXTENSIONS if kind == "image" else IMAGE_EXTENSIONS
+        keep = [os.path.splitext(p)[1].lower() not in wrong for p in manifest.paths]
+        for skipped, kept in zip(manifest.paths, keep, strict=True):
+            if not kept:
+                quarantine.add(skipped, f"not {kind}: most files of this folder are; see modality")
+        manifest = manifest.select(keep)
+    modality: Modality = Image(settings.width) if kind == "image" else Audio(settings.width)
+    folder = Path(cache or os.environ.get("UNFUSED_CACHE") or Path.home() / ".cache" / "unfused")
+    corpus = modality.read(
+        manifest, folder / "features", quarantine, console.task("read", len(manifest.paths))
+    )
+    quarantine.write(path / "quarantine.csv")
+    if not len(corpus):
+        raise ValueError(
+            f"source={printable(settings.source)} has no usable file: {len(quarantine)} set aside, "
+            f"reasons in {path / 'quarantine.csv'}"
+        )
+    if len(corpus) < 4:
+        raise ValueError(
+            f"source={printable(settings.source)} has {len(corpus)} usable files: at least 4 are needed"
+        )
+    groups = corpus.manifest.groups
+    named = (
+        np.array([g if g is not None else "" for g in groups]) if any(g is not None for g in groups) else None
+    )
+    return modality, corpus, named
+
+
+def _labels(corpus: Corpus, path: Path) -> list[str | None]:
+    """Labels of the source, and what a person has filled in into an earlier run's `to_label.csv`."""
+    kept = path / "labels.csv"
+    answers: dict[str, str] = {}
+    for file in (kept, path / "to_label.csv"):
+        if file.exists():
+            with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+                for row in csv.DictReader(handle):
+                    if row.get("label") and row["label"].strip():
+                        answers[row.get("path", "")] = row["label"].strip()
+    if answers:
+        # kept beside the run before `to_label.csv` is written anew: an answer is never lost
+        write_csv(kept, ("path", "label"), sorted(answers.items()))
+    known = set(corpus.manifest.paths)
+    lost = [p for p in answers if p not in known]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} labelled files of {kept} are gone or set aside, first {printable(lost[0])}",
+            stacklevel=3,
+        )
+    return [
+        answers.get(p, label) for p, label in zip(corpus.manifest.paths, corpus.manifest.labels, strict=True)
+    ]
+
+
+def _held_out(settings: Settings, corpus: Corpus, labels: list[str | None], truth: np.ndarray) -> np.ndarray:
+    from unfused.data.splits import hold_out
+
+    test = settings.test
+    if test is None:
+        declared = [
+            s is not None and s.lower() in ("test", "val", "valid", "validation", "dev")
+            for s in corpus.manifest.split
+        ]
+        if any(declared):
+            return np.array(declared)
+        counts = np.bincount(truth[truth >= 0]) if (truth >= 0).any() else np.zeros(1, int)
+        if counts.min() < 5:
+            return np.zeros(len(corpus), bool)
+        test = "0.2"
+    return hold_out(replace(corpus.manifest, labels=labels), test, settings.seed)
+
+
+def _check(
+    settings: Settings, corpus: Corpus, truth: np.ndarray, test: np.ndarray, classes: list[str]
+) -> None:
+    known = truth >= 0
+    if len(classes) == 1:
+        raise ValueError(
+            f"labels: all {int(known.sum())} labels are {classes[0]!r}; a classifier needs clips of at least two classes"
+        )
+    if classes and len(missing := set(range(len(classes))) - set(truth[known & ~test])):
+        names = ", ".join(repr(classes[k]) for k in sorted(missing)[:5])
+        raise ValueError(
+            f"test={settings.test!r} holds out every label of {names}: hold out less, or label more clips of it"
+        )
+    if settings.labels_per_class is not None and not classes:
+        raise ValueError(
+            "labels_per_class needs labels to hide some of: give labels, class folders or a label column"
+        )
+    if test.all():
+        raise ValueError(f"test={settings.test!r} holds out every clip: nothing is left to learn from")
+    if settings.test is not None and not (test & known).any():
+        warnings.warn(
+            f"test={settings.test!r} holds out no labelled clip: there is nothing to evaluate on",
+            stacklevel=3,
+        )
+
+
+def _draws(settings: Settings, truth: np.ndarray, test: np.ndarray, classes: list[str]) -> list[Draw]:
+    """The visible labels of each repetition."""
+    from unfused.data.splits import few_shot
+
+    if not classes:
+        return []
+    train = np.where(test, -1, truth)
+    draws = []
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        visible = train >= 0
+        if settings.labels_per_class is not None:
+            named = [classes[k] if k >= 0 else None for k in train]
+            visible = few_shot(named, settings.labels_per_class, seed)
+        draws.append(Draw(seed, np.where(visible, train, -1)))
+    return draws
+
+
+# --- 2 to 4: what sees no label ---------------------------------------------------------------------------------------
+
+
+def _steps(settings: Settings, windows: int) -> dict[str, int]:
+    """Optimizer steps of each stage; a supervised baseline gets those of distillation and fine-tuning together."""
+    epochs = max(1.0, windows / 64)
+    pretrain = settings.pretrain_steps or int(np.clip(25 * epochs, 200, 600))
+    distil = settings.distil_steps or int(np.clip(40 * epochs, 300, 1000))
+    fine = settings.fine_tune_steps or 150
+    return {"pretrain": pretrain, "distil": distil, "fine_tune": fine, "supervised": distil + fine}
+
+
+def _prepare(
+    settings: Settings,
+    run: RunFolder,
+    modality: Modality,
+    corpus: Corpus,
+    groups: np.ndarray | None,
+    truth: np.ndarray,
+    classes: list[str],
+    pool: np.ndarray,
+    test: np.ndarray,
+    console: Any,
+) -> Bench:
+    """Windows, teacher, features, clusters and, where it is needed, the student distilled from clusters alone."""
+    from unfused.workflow import unlabelled
+
+    base = {
+        "files": corpus.digest,
+        "front_end": modality.settings(),
+        "pool": unlabelled.mask_digest(pool),
+        "groups": None if groups is None else groups.tolist(),
+        "seed": settings.seed,
+    }
+    window_stage = run.stage(
+        "windows", base, lambda folder: unlabelled.write_windows(modality, corpus, pool, folder)
+    )
+    inputs: Inputs = unlabelled.open_windows(window_stage.folder)
+    steps = _steps(settings, int(pool[inputs.clip].sum()))
+    bench = Bench(
+        modality=modality,
+        corpus=corpus,
+        inputs=inputs,
+        pool=pool,
+        test=test,
+        classes=classes,
+        groups=groups,
+        truth=truth,
+        steps=steps,
+        seed=settings.seed,
+        fit=console.fit,
+    )
+    pretrain = {"on": window_stage.key, "teacher": settings.teacher}
+    if settings.teacher in TEACHERS:
+        pretrain["steps"] = steps["pretrain"]
+    teacher_stage = run.stage(
+        "pretrain", pretrain, lambda folder: unlabelled.pretrain(bench, settings.teacher, folder)
+    )
+    unlabelled.attach_teacher(bench, settings.teacher, teacher_stage.folder)
+    cluster_stage = run.stage(
+        "cluster",
+        {"on": teacher_stage.key, "clusters": settings.clusters},
+        lambda folder: unlabelled.cluster(bench, settings.clusters, folder),
+    )
+    bench.cache["clusters"] = unlabelled.open_clusters(cluster_stage.folder)
+    if not classes or _wants_literal(settings):
+        literal = run.stage(
+            "distil",
+            {"on": cluster_stage.key, "steps": steps["distil"]},
+            lambda folder: unlabelled.distil(bench, folder),
+        )
+        unlabelled.attach_student(bench, literal.folder)
+    return bench
+
+
+def _wants_literal(settings: Settings) -> bool:
+    return "unfused-literal" in settings.method or ("unfused" in settings.method and not settings.propagate)
+
+
+# --- 5 the arms -----------------------------------------------------------------------------------------------------
+
+
+def _compare(
+    settings: Settings, run: RunFolder, bench: Bench, draws: Sequence[Draw], console: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """Every method on every draw; a stage each, so that a kill loses at most the steps since the last checkpoint."""
+    from unfused.workflow import arms
+
+    table = {
+        "unfused": arms.unfused_propagate if settings.propagate else arms.unfused_literal,
+        "unfused-literal": arms.unfused_literal,
+        "unfused-propagate": arms.unfused_propagate,
+        "fine-tune": arms.fine_tune,
+        "linear-probe": arms.linear_probe,
+        "scratch": arms.scratch,
+        "classic": arms.classic,
+        "ceiling": arms.ceiling,
+    }
+    unlabelled_keys = {result.name: result.key for result in run.results}
+    outcomes: dict[str, list[dict[str, Any]]] = {}
+    for method in settings.method:
+        outcomes[method] = []
+        for draw in draws:
+            key = {
+                "method": table[method].__name__,
+                "seed": draw.seed,
+                "labels": draw.labels.tolist(),
+                "classes": bench.classes,
+                "steps": bench.steps,
+                "on": unlabelled_keys,
+            }
+            if method == "ceiling":
+                key["truth"] = bench.truth.tolist()
+
+            def compute(folder: Path, method: str = method, draw: Draw = draw) -> dict[str, Any]:
+                outcome: Outcome = table[method](bench, draw, folder)
+                return arms.save_outcome(outcome, folder)
+
+            stage = run.stage(f"{method}/{draw.seed}", key, compute)
+            outcomes[method].append(
+                {**read_json(stage.folder / "done.json"), "folder": stage.folder, "reused": stage.reused}
+            )
+    return outcomes

@@ -1,0 +1,77 @@
+"""The run folder: stages that are computed once, resumed after a kill and reused by the next command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unfused.data.files import read_json, write_json
+
+
+def fingerprint(value: Any) -> str:
+    """A short hash of anything JSON can write; two equal settings give equal hashes."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+
+
+@dataclass
+class StageResult:
+    """What a finished stage left: its folder, its `done.json` and whether this command computed it."""
+
+    name: str
+    folder: Path
+    key: str
+    info: dict[str, Any]
+    reused: bool
+
+
+@dataclass
+class RunFolder:
+    """`runs/NAME/`: the products of a run on top, the stages' own files in `stages/`.
+
+    A stage is identified by a *key*, the fingerprint of everything that its result depends on (settings and the keys of
+    the stages before it). A folder whose `done.json` carries the same key is reused; one without `done.json` was
+    interrupted and is handed to `compute` again, which resumes from the checkpoints it finds there; one with another
+    key is stale and is computed afresh.
+    """
+
+    path: Path
+    on_stage: Callable[[str, bool], None] = lambda name, reused: None
+    results: list[StageResult] = field(default_factory=list)
+
+    def stage(
+        self, name: str, depends_on: Any, compute: Callable[[Path], dict[str, Any] | None]
+    ) -> StageResult:
+        """Run `compute(folder)` unless its result for the same `depends_on` is there already.
+
+        `compute` writes its arrays into `folder` and returns the numbers to keep (JSON); wall time is added to them.
+        """
+        key = fingerprint(depends_on)
+        folder = self.path / "stages" / name
+        done, started = folder / "done.json", folder / "started.json"
+        if done.exists() and (info := read_json(done)).get("key") == key:
+            result = StageResult(name, folder, key, info, reused=True)
+        else:
+            if folder.exists() and not (
+                started.exists() and read_json(started).get("key") == key and not done.exists()
+            ):
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not started.exists():
+                write_json(started, {"key": key, "depends_on": depends_on})
+            self.on_stage(name, False)
+            begin = time.perf_counter()
+            info = {"key": key, **(compute(folder) or {})}
+            info.setdefault("seconds", round(time.perf_counter() - begin, 3))
+            write_json(done, info)
+            result = StageResult(name, folder, key, info, reused=False)
+        if result.reused:
+            self.on_stage(name, True)
+        self.results.append(result)
+        return result

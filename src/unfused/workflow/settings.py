@@ -1,0 +1,106 @@
+"""The settings of a run: checked once, written to `config.yaml`, enough to repeat it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from unfused.data.files import atomic_write
+
+METHODS = (
+    "unfused",
+    "unfused-literal",
+    "unfused-propagate",
+    "fine-tune",
+    "linear-probe",
+    "scratch",
+    "classic",
+    "ceiling",
+)
+TEACHERS = ("contrastive", "decar", "delores-s", "delores-m", "slicer", "random")
+
+
+@dataclass
+class Settings:
+    """Everything that decides the result of `adapt`; see there for the meaning of each field."""
+
+    source: str
+    labels: str | None = None
+    name: str = "run"
+    output: str = "runs"
+    modality: str = "auto"
+    method: tuple[str, ...] = ("unfused", "classic")
+    teacher: str = "contrastive"
+    clusters: str = "auto"
+    propagate: bool = True
+    group: str | None = None
+    test: str | None = None
+    labels_per_class: int | None = None
+    inductive: bool = False
+    seed: int = 0
+    seeds: int = 1
+    width: int = 32
+    pretrain_steps: int | None = None
+    distil_steps: int | None = None
+    fine_tune_steps: int | None = None
+    queue: int = 50
+
+    def __post_init__(self) -> None:
+        if isinstance(self.method, str):
+            self.method = tuple(part.strip() for part in self.method.split(",") if part.strip())
+        self.method = tuple(dict.fromkeys(self.method))
+        for name in self.method:
+            if name not in METHODS:
+                raise ValueError(f"method={name!r} is not known: give one or more of {', '.join(METHODS)}")
+        if not self.method:
+            raise ValueError(f"method is empty: give one or more of {', '.join(METHODS)}")
+        if self.clusters != "auto":
+            try:
+                count = int(self.clusters)
+            except ValueError:
+                count = 0
+            if count < 2:
+                raise ValueError(f"clusters={self.clusters!r}: give 'auto' or a number of at least 2")
+        for name in ("seeds", "width", "queue"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("labels_per_class", "pretrain_steps", "distil_steps", "fine_tune_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1, or left out")
+        if self.modality not in ("auto", "audio", "image"):
+            raise ValueError(f"modality={self.modality!r}: give 'auto', 'audio' or 'image'")
+        if not re.fullmatch(r"[\w .+=@-]+", self.name) or self.name.strip(". ") == "":
+            raise ValueError(f"name={self.name!r}: letters, digits, '.', '_' and '-' make a folder's name")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "method": list(self.method)}
+
+    def write(self, path: Path) -> None:
+        import yaml
+
+        with atomic_write(path) as file:
+            file.write("# `unfused adapt --config THIS_FILE` repeats the run\n")
+            yaml.safe_dump(self.to_dict(), file, sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Settings:
+        """Settings of an earlier run's `config.yaml`; an unknown field is a `ValueError` that names it."""
+        import yaml
+
+        with open(path, encoding="utf-8") as file:
+            try:
+                values = yaml.safe_load(file)
+            except yaml.YAMLError as error:
+                raise ValueError(f"config={str(path)!r} is not YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"config={str(path)!r} does not hold settings, one `name: value` a line")
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known - {"resolved"}):
+            raise ValueError(
+                f"config={str(path)!r} has unknown settings {unknown}; there are {sorted(known)}"
+            )
+        if "source" not in values:
+            raise ValueError(f"config={str(path)!r} has no `source`: the folder or manifest to adapt to")
+        return cls(**{name: value for name, value in values.items() if name in known})

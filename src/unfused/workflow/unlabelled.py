@@ -1,0 +1,227 @@
+"""Stages 2 to 4 of a run: what is learned from the pool without a single label, shared by all draws."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unfused.data.files import read_json
+from unfused.workflow.arms import Bench, PoolDataset
+from unfused.workflow.modality import Corpus, Inputs, Modality
+from unfused.workflow.settings import TEACHERS
+
+
+CLUSTER_ARRAYS = ("ids", "centroids", "features", "distances")
+
+
+def mask_digest(mask: np.ndarray) -> str:
+    return hashlib.blake2b(np.packbits(mask).tobytes(), digest_size=8).hexdigest()
+
+
+# --- windows --------------------------------------------------------------------------------------------------------
+
+
+def write_windows(modality: Modality, corpus: Corpus, pool: np.ndarray, folder: Path) -> dict[str, Any]:
+    """Cut and normalise; the model's inputs lie in one memory-mapped file."""
+    inputs = modality.inputs(corpus, pool, folder)
+    np.save(folder / "clip.npy", inputs.clip)
+    return {"windows": len(inputs.clip), "normaliser": inputs.normaliser}
+
+
+def open_windows(folder: Path) -> Inputs:
+    values = np.load(folder / "inputs.npy", mmap_mode="c")  # copy-on-write: torch wants a writable array
+    return Inputs(values, np.load(folder / "clip.npy"), read_json(folder / "done.json")["normaliser"])
+
+
+# --- 2 pretrain -----------------------------------------------------------------------------------------------------
+
+
+def pretrain(bench: Bench, teacher: str, folder: Path) -> dict[str, Any]:
+    """Train the teacher on the pool (or check a given one) and keep its clip features."""
+    from unfused.nn.encoders import embed_all
+    from unfused.train.checkpoint import save_module
+
+    if teacher not in TEACHERS:
+        features, parameters = _external_features(bench, teacher)
+        np.save(folder / "features.npy", features)
+        return {"parameters": parameters, "dim": features.shape[1]}
+    torch.manual_seed(bench.seed)
+    encoder = bench.modality.encoder()
+    info: dict[str, Any] = {"parameters": sum(p.numel() for p in encoder.parameters())}
+    if teacher != "random":
+        result = _train_teacher(bench, teacher, encoder, folder / "train")
+        info |= {"peak_mib": result.peak_mib, "history": result.history}
+    features = bench.inputs.pool(embed_all(encoder, bench.inputs.values), len(bench.corpus))
+    np.save(folder / "features.npy", features)
+    save_module(folder / "encoder.safetensors", encoder)
+    return info | {"dim": features.shape[1]}
+
+
+def _train_teacher(bench: Bench, teacher: str, encoder: Any, folder: Path) -> Any:
+    rows = bench.inputs.of(bench.pool)
+    augment, steps = bench.modality.augment(), bench.steps["pretrain"]
+    common: dict[str, Any] = {"output_dir": folder, "steps": steps, "seed": bench.seed}
+    data = PoolDataset(bench.inputs.values, rows)
+    if teacher == "contrastive":
+        from unfused.pretrain.contrastive import Contrastive
+
+        return bench.fit(Contrastive(encoder, augment=augment), data, batch_size=128, **common)
+    if teacher == "decar":
+        from unfused.pretrain.decar import fit_decar
+
+        return fit_decar(encoder, data, augment=augment, fit=bench.fit, **common)
+    if teacher == "slicer":
+        from unfused.pretrain.slicer import SLICER
+
+        return bench.fit(SLICER(encoder, augment=augment), data, batch_size=128, **common)
+    from unfused.pretrain.delores import DeLoResM, DeLoResS
+
+    objective = DeLoResS if teacher == "delores-s" else DeLoResM
+    return bench.fit(objective(encoder, augment=augment), data, batch_size=128, **common)
+
+
+def _external_features(bench: Bench, teacher: str) -> tuple[np.ndarray, int]:
+    """Clip features of a transformers encoder; the files are decoded again, since it has a front end of its own."""
+    from unfused.data.audio import decode
+    from unfused.nn.encoders import load_teacher
+
+    if bench.modality.name != "audio":
+        raise ValueError(f"teacher={teacher!r}: for pictures give one of {', '.join(TEACHERS)}")
+    model = load_teacher(teacher)
+    manifest, blocks, chunk = bench.corpus.manifest, [], 16
+    for start in range(0, len(manifest.paths), chunk):
+        waves = [
+            decode(manifest.root / p, model.sampling_rate) for p in manifest.paths[start : start + chunk]
+        ]
+        blocks.append(model.embed_waveforms(waves))
+    return np.concatenate(blocks).astype(np.float32), sum(p.numel() for p in model.parameters())
+
+
+def attach_teacher(bench: Bench, teacher: str, folder: Path) -> None:
+    bench.features = np.load(folder / "features.npy")
+    bench.cache["teacher"] = teacher
+    if teacher in TEACHERS:
+
+        def load() -> Any:
+            from unfused.train.checkpoint import load_module
+
+            encoder = bench.modality.encoder()
+            load_module(folder / "encoder.safetensors", encoder)
+            return encoder
+
+        bench.teacher = load
+
+
+# --- 3 cluster ------------------------------------------------------------------------------------------------------
+
+
+def cluster(bench: Bench, clusters: str, folder: Path) -> dict[str, Any]:
+    """PCA-whitening and k-means of the pool's features, per group where groups are named."""
+    from unfused.pretrain.unfused import cluster_features
+
+    pool = np.flatnonzero(bench.pool)
+    groups = None if bench.groups is None else bench.groups[pool]
+    info: dict[str, Any] = {}
+    if clusters == "auto":
+        count, table = _agreed_number(bench, pool, groups)
+        info["agreement"] = table
+    else:
+        count = int(clusters)
+        if count >= len(pool):
+            raise ValueError(
+                f"clusters={count}: the pool has {len(pool)} clips; give a smaller number or 'auto'"
+            )
+    found = cluster_features(bench.features[pool], count, groups=groups, seed=bench.seed)
+    for name in CLUSTER_ARRAYS:
+        np.save(folder / f"{name}.npy", getattr(found, name))
+    return info | {"clusters": int(count), "sizes": found.sizes.tolist()}
+
+
+def _agreed_number(
+    bench: Bench, pool: np.ndarray, groups: np.ndarray | None
+) -> tuple[int, list[dict[str, float]]]:
+    """The number of clusters on which two varied copies of the pool agree best."""
+    from unfused.nn.encoders import embed_all
+    from unfused.pretrain.unfused import choose_num_clusters
+
+    rows = bench.inputs.of(bench.pool)
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, 4000).astype(int))]
+    clips, index = np.unique(bench.inputs.clip[rows], return_inverse=True)
+    candidates = [k for k in (16, 24, 32, 48, 64) if k * 3 <= len(clips)] or [max(2, len(clips) // 3)]
+    if (
+        bench.teacher is None
+    ):  # a foreign encoder has no inputs of ours to vary: its features are split in two halves
+        half = np.random.default_rng(bench.seed).permutation(bench.features.shape[1])
+        copies = [bench.features[clips][:, part] for part in np.array_split(half, 2)]
+    else:
+        encoder, augment = bench.teacher(), bench.modality.augment()
+        copies = []
+        for copy in range(2):
+            torch.manual_seed(bench.seed + copy)
+            blocks = []
+            for start in range(0, len(rows), 256):
+                with torch.inference_mode():
+                    varied = augment(torch.from_numpy(bench.inputs.values[rows[start : start + 256]]))
+                blocks.append(embed_all(encoder, varied))
+            embedded = np.concatenate(blocks)
+            sums = np.zeros((len(clips), embedded.shape[1]), np.float32)
+            np.add.at(sums, index, embedded)
+            copies.append(sums / np.bincount(index)[:, None])
+    named = None if bench.groups is None else bench.groups[clips]
+    count, table = choose_num_clusters(*copies, candidates=candidates, groups=named, seed=bench.seed)
+    return count, table
+
+
+def open_clusters(folder: Path) -> Any:
+    from unfused.pretrain.unfused import Clusters
+
+    return Clusters(**{name: np.load(folder / f"{name}.npy") for name in CLUSTER_ARRAYS})
+
+
+# --- 4 distil (the paper's, from cluster ids alone) -------------------------------------------------------------------
+
+
+def distil(bench: Bench, folder: Path) -> dict[str, Any]:
+    """A freshly initialised student learns the cluster ids, its deepest classifier teaching the shallow ones."""
+    from unfused.nn.encoders import embed_all
+    from unfused.pretrain.unfused import UnFuSeD
+    from unfused.train.checkpoint import save_module
+
+    clusters = bench.cache["clusters"]
+    torch.manual_seed(bench.seed + 1)
+    count = len(clusters.centroids)
+    objective = UnFuSeD(bench.modality.encoder(), count, augment=bench.modality.augment())
+    rows = bench.inputs.of(bench.pool)
+    position = np.cumsum(bench.pool) - 1  # clip -> row among the pool's clips
+    ids = clusters.labels()[position[bench.inputs.clip[rows]]]
+    data = PoolDataset(bench.inputs.values, rows, labels=torch.from_numpy(ids))
+    result = bench.fit(
+        objective, data, output_dir=folder / "train", steps=bench.steps["distil"], seed=bench.seed
+    )
+    save_module(folder / "encoder.safetensors", objective.encoder)
+    head = objective.classifier.eval()
+    with torch.inference_mode():
+        embedded = torch.from_numpy(embed_all(objective.encoder, bench.inputs.values))
+        probabilities = bench.inputs.pool(head(embedded).softmax(-1).numpy(), len(bench.corpus))
+    np.save(folder / "probabilities.npy", probabilities)
+    return {
+        "parameters": sum(p.numel() for p in objective.parameters()),
+        "peak_mib": result.peak_mib,
+        "history": result.history,
+    }
+
+
+def attach_student(bench: Bench, folder: Path) -> None:
+    def load() -> Any:
+        from unfused.train.checkpoint import load_module
+
+        encoder = bench.modality.encoder()
+        load_module(folder / "encoder.safetensors", encoder)
+        return encoder
+
+    bench.literal_student = load
+    bench.cache["student_probabilities"] = np.load(folder / "probabilities.npy")
