@@ -32,31 +32,33 @@ _TEMPORARY = ".writing-"
 
 def save_module(path: str | os.PathLike[str], module: nn.Module) -> None:
     """Write a module's state (weights and persistent buffers) as safetensors; tied tensors once."""
-    stored: dict[str, torch.Tensor] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in module.state_dict().items():
+    state = module.state_dict()
+    for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
             raise TypeError(f"state {name!r} of {type(module).__name__} is a {kind}: only tensors are saved")
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and place in first:
-            aliases[name] = first[place]
-        else:
-            first[place] = name
-            stored[name] = tensor
-    save_tensors(path, stored, {"format": "pt", "aliases": json.dumps(aliases)})
+    stored = {name: state[name] for name, first in _first_names(state).items() if name == first}
+    save_tensors(path, stored, {"format": "pt"})
 
 
 def load_module(path: str | os.PathLike[str], module: nn.Module) -> None:
     """Load what `save_module` wrote, strictly: the same names and shapes, in the module's own layout."""
-    from safetensors import safe_open
-
     state = load_file(path)
-    with safe_open(path, framework="pt") as file:
-        for name, original in json.loads((file.metadata() or {}).get("aliases", "{}")).items():
-            state[name] = state[original]
+    for name, first in _first_names(module.state_dict()).items():
+        if name not in state and first in state:
+            state[name] = state[first]
     module.load_state_dict(state, strict=True)
+
+
+def _first_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """For each name the first one of the same tensor."""
+    firsts: dict[tuple[Any, ...], str] = {}
+    return {
+        name: firsts.setdefault((t.device, t.data_ptr(), t.shape, t.stride(), t.dtype), name)
+        if t.numel()
+        else name
+        for name, t in state.items()
+    }
 
 
 def save_tensors(
@@ -207,7 +209,9 @@ def keep_newest(folder: Path, count: int) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left."""
+    """Remove what killed writers left, and of a finished run the checkpoints."""
+    if (folder / "done.json").exists():
+        keep_newest(folder, 0)
     for path in [*folder.glob(f"{_TEMPORARY}*"), *folder.glob(".tmp-*")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -230,7 +234,7 @@ def write_final(
             temporary.unlink(missing_ok=True)
     write_json(folder / "history.json", history)
     write_json(folder / "done.json", {**done, "model": model_digest})
-    keep_newest(folder, 0)
+    remove_leftovers(folder)
 
 
 def read_final(folder: Path) -> dict[str, Any] | None:

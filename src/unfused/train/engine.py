@@ -197,8 +197,8 @@ class Engine(Trainer):
         self.model_accepts_loss_kwargs = False
         if output_dir and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                "checkpoints of a sharded model (FSDP, DeepSpeed) are not supported: leave output_dir out and "
-                "save the weights after training, or launch with DDP"
+                "checkpoints of a sharded model (FSDP, DeepSpeed) are not supported: leave output_dir out "
+                "and save the weights after training, or launch with DDP"
             )
 
     # ---- data, optimizer, schedule
@@ -557,6 +557,7 @@ def fit(
     folder = Path(output_dir) if output_dir is not None else None
     if folder and (done := ckpt.read_final(folder)) and done["fingerprint"] == identity:
         ckpt.load_module(folder / "model.safetensors", model)
+        ckpt.remove_leftovers(folder)
         model.eval()
         return FitResult(read_json(folder / "history.json"), steps, done["seconds"], done["peak_mib"], steps)
     with contextlib.ExitStack() as stack:
