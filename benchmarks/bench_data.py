@@ -1,7 +1,7 @@
-"""Reading data: the feature cache, log-mels beside librosa's, memory beside the number of recordings, scans.
+"""Reading data: the feature cache, log-mels beside librosa's, memory by the number of recordings, scans.
 
-Run `python benchmarks/bench_data.py [FOLDER]`. Without a folder: the spoken digits of `../shared/data` if they
-are there, else the embedded sample. Each line ends in the aim and whether it was met.
+Run `python benchmarks/bench_data.py [FOLDER]`. Without a folder: the spoken digits of `../shared/data`
+where they are, else the embedded sample. Each line ends in the aim and whether it was met.
 """
 
 from __future__ import annotations
@@ -100,20 +100,24 @@ def log_mels(folder: Path) -> None:
 
 
 READ = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from unfused.data.features import read_features
 from unfused.data.files import Quarantine
 from unfused.data.manifest import read_manifest
 from unfused.nn.log_mel import FrontEnd
 read_features(read_manifest(sys.argv[1]), FrontEnd(), sys.argv[2], Quarantine(), workers=2)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not ru_maxrss: a child begins with what its parent had.
+print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 """
 
 
 def memory() -> None:
-    """Peak memory of a process that reads few recordings, and of one that reads many."""
+    """Peak memory of a process that reads few recordings, and of one that reads many (Linux only)."""
+    if not Path("/proc/self/status").exists():
+        return
     generator = np.random.default_rng(0)
-    few, many = 1000, 5000
+    few, many = 2000, 6000  # pools and buffers have their full size after the first few hundred
     with tempfile.TemporaryDirectory() as scratch:
         for count in (few, many):
             folder = Path(scratch, str(count))

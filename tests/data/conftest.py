@@ -68,6 +68,7 @@ def bad_recordings(tmp_path: Path) -> tuple[Path, dict[str, str | None]]:
         "one sample.wav": (encode(np.array([0.5])), "too short: 1 sample"),
         "few samples.wav": (encode(tone(0.005)), "too short: 80 samples"),
         "no samples.wav": (encode(np.zeros(0)), "no samples"),
+        "1 Hz.wav": (encode(tone(), 1), "impossible sampling rate of 1 Hz"),
         "eight channels.wav": (encode(tone(channels=8)), None),
         "192 kHz.wav": (encode(tone(rate=192000), 192000, subtype="PCM_24"), None),
         "8 kHz.wav": (encode(tone(rate=8000), 8000, subtype="ULAW"), None),

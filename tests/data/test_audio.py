@@ -3,7 +3,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +17,9 @@ from unfused.data.audio import AUDIO_EXTENSIONS, decode, encode_preview
 from unfused.data.files import BadFile
 
 
-@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000, 192000])
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 192000])
 @pytest.mark.parametrize("channels", [1, 2, 8])
-@pytest.mark.parametrize("seconds", [0.02, 1.0, 9.1])
+@pytest.mark.parametrize("seconds", [0.02, 4.1])
 def test_decode_equals_soxr_on_the_whole(tmp_path: Path, rate: int, channels: int, seconds: float) -> None:
     samples = np.random.default_rng(0).standard_normal((round(seconds * rate), channels)).astype(np.float32)
     soundfile.write(tmp_path / "x.wav", samples / 10, rate, subtype="FLOAT")
@@ -83,6 +82,13 @@ def test_mp3_without_a_length(tmp_path: Path) -> None:
     assert abs(len(decode(path)) - 64000) < 3000
 
 
+def test_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soundfile.write(tmp_path / "x.wav", np.ones(20000) / 2, 16000)
+    monkeypatch.setattr("unfused.data.audio.MAX_SECONDS", 1)
+    with pytest.raises(BadFile, match="cut it into pieces"):
+        decode(tmp_path / "x.wav")
+
+
 def test_unreadable_and_vanished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadFile, match="no such file"):
         decode(tmp_path / "x.wav")
@@ -104,19 +110,20 @@ def test_threads_give_what_one_thread_gives(tmp_path: Path) -> None:
             assert np.array_equal(one, several)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_a_long_recording_takes_little_memory_beside_the_result(tmp_path: Path) -> None:
     with soundfile.SoundFile(tmp_path / "x.flac", "w", 48000, 8) as file:
         block = np.random.default_rng(0).standard_normal((48000, 8)) / 1000
-        for _ in range(120):
+        for _ in range(60):
             file.write(block)
     script = (
-        "import resource, sys; sys.path[:0] = sys.argv[2:]\n"
+        "import re, sys; sys.path[:0] = sys.argv[2:]\n"
         "from unfused.data.audio import decode\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "before = peak(); n = len(decode(sys.argv[1])); print((peak() - before) * 1024 - 4 * n)"
     )
     output = subprocess.check_output([sys.executable, "-c", script, str(tmp_path / "x.flac"), *sys.path])
-    assert resource.getpagesize() and int(output) < 30e6  # whole in float64: 369 MB
+    assert int(output) < 30e6  # whole in float64: 184 MB
 
 
 def test_preview(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,23 @@ def test_atomic_write_keeps_the_old_content_after_an_exception(tmp_path: Path) -
         raise RuntimeError
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(writes=st.lists(st.tuples(st.binary(max_size=100), st.booleans())))
+def test_the_last_whole_write_is_what_is_there(
+    writes: list[tuple[bytes, bool]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("atomic") / "file"
+    there = None
+    for content, fails in writes:
+        with suppress(KeyboardInterrupt), atomic_write(path, "wb") as file:
+            file.write(content)
+            if fails:
+                raise KeyboardInterrupt
+            there = content
+        assert (path.read_bytes() if path.exists() else None) == there
+    assert [p.name for p in path.parent.iterdir()] == ["file"] * (there is not None)
 
 
 def test_atomic_write_keeps_mode_and_follows_links(tmp_path: Path) -> None:

@@ -257,8 +257,11 @@ _MAGIC = (
 
 def kind_of(path: str | os.PathLike[str]) -> str:
     """Say what a file seems to be by its first bytes: ``"a PNG picture"``, ``"text"`` ..."""
-    with open(path, "rb") as file:
-        head = file.read(512)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError:  # it may vanish at any moment
+        return "unknown data"
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind

@@ -25,7 +25,8 @@ _SUFFIXES = {
 def is_dataset(source: str) -> bool:
     """Whether `source` is a folder made by ``save_to_disk``, or reads like a hub id and like no path here."""
     if os.path.isdir(source):
-        return any(os.path.isfile(os.path.join(source, name)) for name in ("dataset_dict.json", "state.json"))
+        names = set(os.listdir(source)) if os.access(source, os.R_OK) else set()
+        return "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names
     is_path = os.path.lexists(source) or os.path.isdir(os.path.dirname(source))
     return not is_path and bool(_HUB_ID.fullmatch(source))
 

@@ -17,7 +17,8 @@ from unfused.data.tables import PATH_COLUMNS, Finder, read_table
 
 __all__ = ["few_shot", "hold_out", "validation_split"]
 
-_TRIALS = 32  # random choices of whole groups, of which the best balanced is taken
+# Of so many random choices of whole groups the best balanced is taken; with many groups any one is balanced.
+_TRIALS, _TRIED_GROUPS = 32, 20_000
 
 
 def hold_out(manifest: Manifest, test: float | str | os.PathLike[str], seed: int = 0) -> np.ndarray:
@@ -199,7 +200,7 @@ def _whole_groups(
     total = counts.sum(axis=0)
     target = fraction * total
     best, best_cost = None, np.inf
-    for trial in range(_TRIALS):
+    for trial in range(max(1, min(_TRIALS, _TRIED_GROUPS // max(1, len(labelled))))):
         taken: list[int] = []
         held = np.zeros(len(classes), int)
         for k in sorted(labelled, key=lambda k: _hash(f"{seed} {trial} {names[k]}")):
