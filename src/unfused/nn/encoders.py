@@ -471,7 +471,7 @@ def load_teacher(source: str | Path, max_seconds: float = 30.0) -> TransformersA
     ----------
     source : path or hub id
         Of a model saved by ``save_pretrained`` with its feature extractor; with a head or without. Of CLAP
-        the audio branch is taken, of Whisper the encoder. Weights are read from safetensors only.
+        the audio branch is taken, of Whisper the encoder. Only safetensors are read, and code in it never run.
     max_seconds : float, default=30.0
         Longer clips are embedded in windows.
 
@@ -493,16 +493,17 @@ def load_teacher(source: str | Path, max_seconds: float = 30.0) -> TransformersA
         name = str(path)
     elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ValueError(f"teacher {name!r}: there is no such folder")
+    safe = {"trust_remote_code": False}  # unset, transformers asks at the terminal
     where = "" if path.is_dir() else "no such folder here, and from the hub "
     try:
         what = "no feature extractor can be loaded"
-        feature_extractor = AutoFeatureExtractor.from_pretrained(name)
+        feature_extractor = AutoFeatureExtractor.from_pretrained(name, **safe)
         what = "the model cannot be loaded"
-        config, loader = AutoConfig.from_pretrained(name), AutoModel
+        config, loader = AutoConfig.from_pretrained(name, **safe), AutoModel
         if config.model_type == CLAP:  # not known to AutoModel
             loader = getattr(transformers, (config.architectures or ["ClapAudioModel"])[0])
         model, loading = loader.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safe
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
