@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from unfused.workflow import wording
-from unfused.workflow.wording import interval_of, visible
+from unfused.workflow.wording import visible
 
 __all__ = ["model_card"]
 
@@ -173,7 +173,7 @@ def _front_matter(
 
 def _metric_name(key: str, row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     text = key.replace("_", " ")
-    if ends := interval_of(row.get("interval")):
+    if ends := wording.accuracy_interval(row):
         text += f" (95 % interval {wording.span(ends)}, {wording.plural(_draws(row), 'draw')} of the labels)"
     return text
 
@@ -186,7 +186,7 @@ def _headline(row: Mapping[str, Any] | None, things: str) -> str:
     accuracy = (row or {}).get("accuracy") or {}
     if not wording.is_number(accuracy.get("mean")):
         return "."
-    ends = interval_of(accuracy.get("interval"))
+    ends = wording.accuracy_interval(accuracy)
     spread = f" (95 % interval {wording.percent(ends[0])} to {wording.percent(ends[1])})" if ends else ""
     return f". It labels {wording.percent(accuracy['mean'])}{spread} of the held-out {things} correctly."
 
@@ -209,7 +209,11 @@ def _data(data: Mapping[str, Any], things: str) -> str:
     lines = [
         f"- {data.get('usable', 0):,} {things}"
         + (f", {wording.duration(seconds)} in all" if seconds else "")
-        + (f"; {data['quarantined']:,} unusable files were set aside" if data.get("quarantined") else "")
+        + (
+            f"; {wording.plural(data['quarantined'], 'file')} set aside as unusable"
+            if data.get("quarantined")
+            else ""
+        )
         + "."
     ]
     if source := data.get("source"):
@@ -270,7 +274,7 @@ def _evaluation(
         cells: Sequence[str] = (
             _escape(name) + (" (bound)" if name in wording.BOUNDS else ""),
             wording.score(row["accuracy"]["mean"]),
-            wording.span(row["accuracy"].get("interval")),
+            wording.span(wording.accuracy_interval(row["accuracy"])),
             wording.score(balanced),
             wording.quantity(row.get("parameters")),
         )

@@ -50,6 +50,7 @@ def cluster_map(data: ReportData, media_of: Mapping[str, int]) -> dict[str, Any]
             members[cluster].append(index)
     by_size = sorted(members, key=lambda cluster: (-len(members[cluster]), natural(str(cluster))))
     centre = {cluster: position[_central(position, members[cluster])] for cluster in by_size}
+    above = np.array([0.0, -10.0])  # a caption stands above the point that it would hide
     cluster_colour = _spread_colours(by_size, [centre[cluster] for cluster in by_size])
     if len(names) <= COLOURS:
         name_colour = {name: index for index, name in enumerate(names)}
@@ -68,11 +69,11 @@ def cluster_map(data: ReportData, media_of: Mapping[str, int]) -> dict[str, Any]
         for cluster in by_size:
             common = Counter(of[i] for i in members[cluster] if of[i] >= 0).most_common(1)
             if common:
-                found.append((visible(names[common[0][0]]), centre[cluster]))
+                found.append((visible(names[common[0][0]]), centre[cluster] + above))
         return _without_overlap(found, height)
 
     modes = (
-        [("cluster", "cluster", _without_overlap([(f"{c}", centre[c]) for c in by_size], height))]
+        [("cluster", "cluster", _without_overlap([(f"{c}", centre[c] + above) for c in by_size], height))]
         if members
         else []
     )

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from unfused.workflow import wording
-from unfused.workflow.wording import interval_of, is_number, natural, visible
+from unfused.workflow.wording import is_number, natural, visible
 
 if TYPE_CHECKING:
     from unfused.workflow.report import ReportData
@@ -125,7 +125,7 @@ def comparison(data: ReportData) -> dict[str, Any] | None:
     order = bounds + wording.ranked(data.methods)
     accuracies = {name: data.methods[name]["accuracy"] for name in order}
     seeds = {name: [s for s in accuracies[name].get("seeds") or [] if is_number(s)] for name in order}
-    ends = {name: interval_of(accuracies[name].get("interval")) for name in order}
+    ends = {name: wording.accuracy_interval(accuracies[name]) for name in order}
     values = [v for name in order for v in (*seeds[name], *(ends[name] or ()))]
     values += [accuracies[name]["mean"] for name in order if is_number(accuracies[name]["mean"])]
     axis = _Axis.around(values or [0.0, 1.0])
@@ -141,8 +141,8 @@ def comparison(data: ReportData) -> dict[str, Any] | None:
             "interval": wording.span(interval),
             "balanced": wording.score(balanced["mean"] if isinstance(balanced, Mapping) else balanced),
             "seconds": wording.duration(method.get("seconds")),
-            "memory": wording.memory(method.get("peak_mib")),
-            "parameters": wording.quantity(method.get("parameters")),
+            "memory": wording.memory(method.get("peak_mib") or None),
+            "parameters": wording.quantity(method.get("parameters") or None),
             "at": axis(mean) if is_number(mean) else None,
             "whisker": (axis(interval[0]), axis(interval[1])) if interval else None,
             "seeds": [axis(s) for s in seeds[name]],
@@ -172,7 +172,7 @@ def comparison(data: ReportData) -> dict[str, Any] | None:
 def _paired(data: ReportData) -> dict[str, Any] | None:
     if not data.paired:
         return None
-    ends = [interval_of(pair.get("interval")) for pair in data.paired]
+    ends = [wording.paired_interval(pair) for pair in data.paired]
     axis = _Axis.around(
         [0.0, *(float(p["mean"]) for p in data.paired), *(e for pair in ends for e in pair or ())], 3
     )
@@ -208,6 +208,8 @@ def groups(data: ReportData) -> dict[str, Any] | None:
         return float(number) if is_number(number) else None  # type: ignore[arg-type]
 
     groups = list(dict.fromkeys(group for name in order for group in data.groups[name]))
+    if len(groups) < 2:
+        return None
     groups.sort(key=lambda group: (value(order[0], group) or 0.0, natural(group)))
     values = [v for group in groups for name in order if (v := value(name, group)) is not None]
     if not values:
@@ -345,7 +347,7 @@ _NO_CURVE = {"step", "epoch", "time", "seconds", "lr", "learning_rate", "grad_no
 
 
 def curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """One panel per stage and number: coordinates in 0..100, y downwards."""
+    """One panel per stage and number: coordinates in 0..100, y downwards. Terms of a loss are marked."""
     panels = []
     for stage, history in curves.items():
         keys = dict.fromkeys(key for row in history for key, value in row.items() if is_number(value))
@@ -357,7 +359,10 @@ def curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, 
                 for i, row in enumerate(history)
                 if is_number(row.get(key))
             ]
-            if len(xy) < 2:
+            loss = [float(row["loss"]) for row in history if is_number(row.get("loss"))]
+            if len(xy) < 2 or (
+                key != "loss" and [y for _, y in xy] == loss
+            ):  # a loss of one term is its term
                 continue
             low, high = min(y for _, y in xy), max(y for _, y in xy)
             first, last = xy[0][0], xy[-1][0]
@@ -370,6 +375,7 @@ def curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, 
                 {
                     "title": visible(stage),
                     "key": visible(key.replace("_", " ")),
+                    "term": bool(loss) and key != "loss" and re.search("acc|eval|valid", key) is None,
                     "line": line(_thin(xy)),
                     "smooth": line(smooth) if smooth else None,
                     "low": wording.on_scale(low, high - low),
@@ -439,8 +445,8 @@ def stages(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
                 "name": visible(name),
                 "seconds": wording.duration(seconds[name]),
                 "width": 100 * seconds[name] / longest,
-                "memory": wording.memory(most(rows, "peak_mib")),
-                "parameters": wording.quantity(most(rows, "parameters")),
+                "memory": wording.memory(most(rows, "peak_mib") or None),
+                "parameters": wording.quantity(most(rows, "parameters") or None),
                 "detail": detail(rows),
                 "reused": all(row.get("reused") for row in rows),
             }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from unfused.workflow import report_views as views
 from unfused.workflow import wording
-from unfused.workflow.wording import interval_of, is_number, visible
+from unfused.workflow.wording import is_number, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,7 +71,7 @@ def _comparison(data: ReportData, console: Any) -> None:
 
     order = [name for name in data.methods if name in wording.BOUNDS] + wording.ranked(data.methods)
     accuracy = {name: data.methods[name]["accuracy"] for name in order}
-    ends = {name: interval_of(accuracy[name].get("interval")) for name in order}
+    ends = {name: wording.accuracy_interval(accuracy[name]) for name in order}
     values = [v for name in order for v in (accuracy[name]["mean"], *(ends[name] or ())) if is_number(v)]
     low, high = min(values, default=0.0), max(values, default=1.0)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

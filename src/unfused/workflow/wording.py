@@ -132,6 +132,22 @@ def interval_of(interval: Interval | None) -> tuple[float, float] | None:
     return low, high
 
 
+def accuracy_interval(row: Mapping[str, Any] | None) -> tuple[float, float] | None:
+    """The interval of a share, cut to 0..1: Student's t does not know that no share lies beyond.
+
+    >>> accuracy_interval({"mean": 0.98, "interval": [0.73, 1.23]}), accuracy_interval(None)
+    ((0.73, 1.0), None)
+    """
+    ends = interval_of((row or {}).get("interval"))
+    return ends and (min(max(ends[0], 0.0), 1.0), min(max(ends[1], 0.0), 1.0))
+
+
+def paired_interval(pair: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The interval of a difference of two shares, cut to -1..1."""
+    ends = interval_of(pair.get("interval"))
+    return ends and (max(ends[0], -1.0), min(ends[1], 1.0))
+
+
 def span(interval: Interval | None, digits: int = 3) -> str:
     """
     >>> span([0.811, 0.8723]), span(None), span([-0.02, 0.04], 2)
@@ -181,7 +197,7 @@ def paired_sentence(pair: Mapping[str, Any], draws: int | None = None) -> str:
     'unfused and fine-tune are not told apart: difference −0.010 (−0.040 to 0.020) on the same held-out items'
     """
     a, b, mean = visible(pair["a"]), visible(pair["b"]), float(pair["mean"])
-    ends = interval_of(pair.get("interval"))
+    ends = paired_interval(pair)
     over = "" if not draws else f" over {draws} paired draws" if draws > 1 else " on the same held-out items"
     if ends is None:
         return f"{a} minus {b} is {score(mean)}: without an interval that is no verdict"
@@ -217,8 +233,11 @@ def headline(
     if order := ranked(methods):
         best = order[0]
         accuracy = methods[best]["accuracy"]
-        ends = interval_of(accuracy.get("interval"))
-        spread = f" (95 % interval {percent(ends[0])} to {percent(ends[1])})" if ends else ""
+        ends = accuracy_interval(accuracy)
+        # draws that agree to the last item give an interval of no width, which says nothing
+        spread = (
+            f" (95 % interval {percent(ends[0])} to {percent(ends[1])})" if ends and ends[0] < ends[1] else ""
+        )
         right = f"{percent(accuracy['mean'])}{spread}"
         text = f"{visible(best)} labels {right} of the held-out {noun(modality)} correctly"
         if len(order) > 1:
