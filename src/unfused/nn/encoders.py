@@ -471,7 +471,7 @@ def load_teacher(source: str | Path, max_seconds: float = 30.0) -> TransformersA
     ----------
     source : path or hub id
         Of a model saved by ``save_pretrained`` with its feature extractor; with a head or without. Of CLAP
-        the audio branch is taken, of Whisper the encoder. Only safetensors are read, and code in it never run.
+        the audio branch is taken, of Whisper the encoder. Only safetensors are read; code in it never runs.
     max_seconds : float, default=30.0
         Longer clips are embedded in windows.
 
