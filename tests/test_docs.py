@@ -77,7 +77,7 @@ def test_method_page_holds_the_docstring_and_the_interface(make_docs):
 
 def test_claims_are_shown_with_rule_numbers_and_staleness(make_docs, record):
     text = "\n\n".join(make_docs.verdict_text(record))
-    assert "> It is better." in text and "**Refuted** on fsdd. Refuted if it is not." in text
+    assert "> It is better." in text and "some is **refuted** on fsdd. Refuted if it is not." in text
     assert "| arm | accuracy | gain of the method over it | ann | bob |" in text
     assert "a \\| b" in text and "**clusters**" in text and "| K = 10 | 0.550" in text
     assert "**stale**: catalog.py changed since" in text

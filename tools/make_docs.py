@@ -135,7 +135,14 @@ def summary_table(records: dict[str, dict[str, Any]], base: str) -> str:
             )
             strongest = f"{best} {verdict.baselines[best]}" if best else ""
             rows.append(
-                [f"[{slug}]({base}{slug}.md)", verdict.world, word, str(verdict.method), strongest, gain]
+                [
+                    f"[{verdict.name}]({base}{slug}.md)",
+                    verdict.world,
+                    word,
+                    str(verdict.method),
+                    strongest,
+                    gain,
+                ]
             )
     head = ["claim", "data", "verdict", "method", "strongest baseline", "gain over it"]
     return table(head, rows) if rows else "No claim has been recorded yet."
@@ -145,8 +152,8 @@ def verdict_text(record: dict[str, Any]) -> list[str]:
     parts = [f"> {record['claim']}"]
     for section in record["sections"]:
         verdict = as_verdict(section)
-        word = "Holds" if verdict.holds else "**Refuted**"
-        parts += [f"{word} on {verdict.world or 'its data'}. Refuted if {verdict.refuted_by}."]
+        word = "holds" if verdict.holds else "is **refuted**"
+        parts += [f"{verdict.name} {word} on {verdict.world or 'its data'}. Refuted if {verdict.refuted_by}."]
         for i, (heading, columns, rows) in enumerate(verdict.tables()):
             parts += [f"**{heading}**"] if i else []
             parts += [table(columns, rows)]

@@ -98,7 +98,7 @@ def verdict_of(lab, **changes):
         "name": "Some Method",
         "ablations": {
             "clusters": {"K = 10": [0.5, 0.6], "K = 32": {"ann": [0.7, 0.7], "bob": [0.6, 0.6]}},
-            "cost": {"student": {"weights": 100, "seconds": 3.5, "kept": "yes"}},
+            "cost": {"student": {"weights": 5321856, "seconds": 3.5, "kept": "yes"}},
         },
         "notes": ["one note"],
     }
@@ -131,11 +131,11 @@ def test_tables_show_arms_groups_and_ablations(lab):
     arms, clusters, cost = verdict.tables()
     assert arms[1][3:] == ["ann", "bob"] and arms[2][0][0] == "Some Method"
     assert clusters[2][1] == ["K = 32", "0.650 [0.558, 0.742]"]
-    assert cost[1:] == (["", "weights", "seconds", "kept"], [["student", "100.000", "3.500", "yes"]])
+    assert cost[1:] == (["", "weights", "seconds", "kept"], [["student", "5,321,856", "3.500", "yes"]])
     console = Console(width=200, record=True, file=open("/dev/null", "w"))
     console.print(verdict.table())
     text = console.export_text()
-    assert "some-method on fsdd: it runs; a smoke run is no result" in text
+    assert "some-method (Some Method) on fsdd: it runs; a smoke run is no result" in text
     assert (
         "REFUTED (desk" in replace(verdict, scale="desk").summary()
         and "refuted if the interval" in text
@@ -223,6 +223,9 @@ def test_code_hash_follows_imports_and_ignores_comments(tmp_path):
     assert code_hash(one) == code_hash(two) != code_hash(three)
     from unfused.claims.lab.sources import _imports
 
+    broken = tmp_path / "broken.py"
+    broken.write_text("def f(:\n")
+    assert code_hash(broken) not in (code_hash(one), code_hash(three))
     assert PACKAGE / "pretrain" / "unfused.py" in _imports(four)
     assert PACKAGE / "nn" / "losses.py" in _imports(PACKAGE / "pretrain" / "unfused.py")
 

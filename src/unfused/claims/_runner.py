@@ -108,16 +108,22 @@ def results_folder() -> Path:
     return RESULTS if checkout and os.access(PACKAGE / "claims", os.W_OK) else Path("claims-results")
 
 
-def record(claim: Claim, verdicts: Iterable[Verdict], folder: Path | None = None) -> Path:
-    """Write the verdicts into `<slug>.json`, one section a world and scale.
+def record(
+    claim: Claim, verdicts: Iterable[Verdict], folder: Path | None = None, *, complete: bool = False
+) -> Path:
+    """Write the verdicts into `<slug>.json`, a section for each scale, world and name.
 
-    Sections of worlds and scales that were not run now are kept; each carries the hashes of its own sources.
+    What was not run now is kept, each section with the hashes of its own sources; unless the run was `complete`, no
+    world left out: then nothing else of its scale is.
     """
     folder = folder or results_folder()
-    old = claim.recorded(folder)
-    sections = {(s["scale"], s["world"]): s for s in (old or {}).get("sections", [])}
+    verdicts = list(verdicts)
+    ran = {verdict.scale for verdict in verdicts} if complete else set()
+    old = [s for s in (claim.recorded(folder) or {}).get("sections", []) if s["scale"] not in ran]
+    sections = {(s["scale"], s["world"], s["name"]): s for s in old}
     for verdict in verdicts:
-        sections[verdict.scale, verdict.world] = {**verdict.to_dict(), "sources": claim.digests()}
+        section = {**verdict.to_dict(), "sources": claim.digests()}
+        sections[verdict.scale, verdict.world, verdict.name] = section
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{claim.slug}.json"
     with atomic_write(path) as file:
@@ -129,9 +135,15 @@ def record(claim: Claim, verdicts: Iterable[Verdict], folder: Path | None = None
 
 
 def as_record(claim: Claim, sections: list[dict[str, Any]]) -> dict[str, Any]:
-    words = {s["world"]: "holds" if s["holds"] else "refuted" for s in sections}
-    one = set(words.values())
-    verdict = one.pop() if len(one) == 1 else "; ".join(f"{word} on {world}" for world, word in words.items())
+    several = len({s["name"] for s in sections}) > 1
+    words = [
+        (f"{s['name']} " if several else "", "holds" if s["holds"] else "refuted", s["world"])
+        for s in sections
+    ]
+    one = {word for _, word, _ in words}
+    verdict = (
+        one.pop() if len(one) == 1 else "; ".join(f"{name}{word} on {world}" for name, word, world in words)
+    )
     return {
         "slug": claim.slug,
         "claim": claim.sentence,
@@ -201,7 +213,7 @@ def run(
                 console.print(traceback.format_exc(), markup=False, highlight=False)
             continue
         verdicts += found
-        path = record(claim, found) if found and keep else None
+        path = record(claim, found, complete=not skipped) if found and keep else None
         if console:
             for verdict in found:
                 console.print(verdict.table())

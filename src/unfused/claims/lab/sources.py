@@ -48,7 +48,7 @@ def module_file(name: str) -> Path | None:
 
 @cache
 def _code(path: Path) -> bytes:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = _parse(path)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
             first = node.body[0]
@@ -62,8 +62,16 @@ def _imports(path: Path) -> tuple[Path, ...]:
     return tuple(file for name in _imported_names(path) if (file := module_file(name)))
 
 
+def _parse(path: Path) -> ast.Module:
+    text = path.read_text(encoding="utf-8")
+    try:
+        return ast.parse(text)
+    except SyntaxError:  # a file that somebody is writing at this moment is no reason to stop hours of work
+        return ast.Module([ast.Expr(ast.Constant(0)), ast.Expr(ast.Constant(text))], [])
+
+
 def _imported_names(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(_parse(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -248,7 +248,8 @@ class Verdict:
         word = "holds" if self.holds else "REFUTED"
         word = "it runs; a smoke run is no result" if self.scale == "smoke" else word
         where = f" on {self.world}" if self.world else ""
-        return f"{self.slug}{where}: {word} ({self.scale}, {self.seeds} seeds, {self.seconds:.0f} s)"
+        arm = f" ({self.name})" if self.name != self.slug else ""
+        return f"{self.slug}{arm}{where}: {word} ({self.scale}, {self.seeds} seeds, {self.seconds:.0f} s)"
 
     def table(self) -> Group:
         """A rich renderable: the sentence, the verdict, the arms, the ablations."""
@@ -278,7 +279,7 @@ def as_row(cells: Any, interval: str, over: str) -> Any:
     if isinstance(cells, Estimate):
         return cells
     if isinstance(cells, Mapping) and all(np.ndim(value) == 0 for value in cells.values()):
-        return {str(k): v if isinstance(v, str | bool | type(None)) else float(v) for k, v in cells.items()}
+        return {str(k): v if isinstance(v, str | int | type(None)) else float(v) for k, v in cells.items()}
     return estimate(cells, interval, over)
 
 
@@ -297,4 +298,6 @@ def _signed(gain: Estimate) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
