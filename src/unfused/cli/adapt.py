@@ -34,7 +34,9 @@ def register(app: typer.Typer) -> None:
             "--propagate/--literal",
             help="Targets of the student once labels exist: classes spread over the clusters, or the paper's cluster ids.",
         ),
-        group: str | None = typer.Option(None, help="Regular expression on the path, or column: speaker, site, device."),
+        group: str | None = typer.Option(
+            None, help="Regular expression on the path, or column: speaker, site, device."
+        ),
         test: str | None = typer.Option(None, help="Held out: a fraction, a file of paths, or GROUP=VALUE."),
         labels_per_class: int | None = typer.Option(None, help="Hide all but so many labels a class."),
         inductive: bool | None = typer.Option(
@@ -48,7 +50,9 @@ def register(app: typer.Typer) -> None:
         fine_tune_steps: int | None = typer.Option(None, help="Default: 150."),
         queue: int | None = typer.Option(None, help="Rows of to_label.csv. Default: 50."),
         config: str | None = typer.Option(None, help="Settings of an earlier run: runs/NAME/config.yaml."),
-        cache: str | None = typer.Option(None, help="Folder of the feature cache. Default: ~/.cache/unfused."),
+        cache: str | None = typer.Option(
+            None, help="Folder of the feature cache. Default: ~/.cache/unfused."
+        ),
         threads: int | None = typer.Option(None, help="Processor threads. Default: all."),
         quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress."),
     ) -> None:
@@ -105,7 +109,9 @@ def register(app: typer.Typer) -> None:
             if path in bad:
                 rows.append([path, "", ""] + [""] * len(row))
             else:
-                rows.append([path, adapted.classes[row.argmax()], f"{row.max():.4f}", *(f"{p:.6f}" for p in row)])
+                rows.append(
+                    [path, adapted.classes[row.argmax()], f"{row.max():.4f}", *(f"{p:.6f}" for p in row)]
+                )
         if csv is not None:
             write_csv(Path(csv), ("path", "label", "confidence", *adapted.classes), rows)
         else:

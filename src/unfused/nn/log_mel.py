@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-__all__ = ["FrontEnd", "fit_frames", "fit_frames_many", "log_mel", "log_mel_many", "mel_filters", "prepare", "trim"]
+__all__ = ["FrontEnd", "fit_frames", "fit_frames_many", "log_mel", "log_mel_many", "mel_filters", "num_windows", "prepare", "trim"]
 
 TARGET_RMS = 0.1
-BLOCK_FRAMES = 64  # frames transformed at once on a CPU: window, spectrum and power stay in the second-level cache
-TAPE_SAMPLES = 1 << 22  # 16 MiB of float32; bounds the memory of `log_mel_many` beyond its result
+BLOCK_FRAMES = 256  # transformed at once on a CPU: large enough for the kernels, small enough for the cache
+TAPE_SAMPLES = 1 << 19  # a tape is closed beyond this; bounds the memory of `log_mel_many` besides its result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,12 +175,20 @@ def _mel_filters(sampling_rate: int, n_fft: int, n_mels: int, f_min: float, f_ma
 
 
 @lru_cache(maxsize=32)
-def _window_and_filters(
+def _window_and_bands(
     front_end: FrontEnd, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    window = torch.hann_window(front_end.n_fft, dtype=torch.float64)
-    filters = torch.from_numpy(mel_filters(front_end).T.copy())  # (bins, n_mels)
-    return window.to(device, dtype), filters.to(device, dtype)
+) -> tuple[torch.Tensor, list[tuple[slice, slice, torch.Tensor]]]:
+    """The analysis window, and the filters in bands of about 16: (FFT bins, mel bins, matrix between the two).
+
+    A filter is zero outside a few bins; a band's matrix leaves most of these zeros out.
+    """
+    filters = mel_filters(front_end)
+    bands = []
+    for mels in np.array_split(np.arange(front_end.n_mels), max(1, front_end.n_mels // 16)):
+        used = np.flatnonzero(filters[mels].any(axis=0))
+        bins, rows = slice(used[0], used[-1] + 1), slice(mels[0], mels[-1] + 1)
+        bands.append((bins, rows, torch.from_numpy(filters[rows, bins].T.copy()).to(device, dtype)))
+    return torch.hann_window(front_end.n_fft, dtype=torch.float64).to(device, dtype), bands
 
 
 def trim(waveform: np.ndarray, trim_db: float | None, frame_length: int = 256) -> np.ndarray:
@@ -208,11 +216,13 @@ def trim(waveform: np.ndarray, trim_db: float | None, frame_length: int = 256) -
     if trim_db is None:
         return waveform
     whole = len(waveform) // frame_length * frame_length
-    frames = waveform[:whole].reshape(-1, frame_length)
+    frames, rest = waveform[:whole].reshape(-1, frame_length), waveform[whole:]
     power = np.einsum("ij,ij->i", frames, frames) / frame_length
-    if whole < len(waveform):
-        power = np.append(power, np.square(waveform[whole:]).mean())
+    if len(rest):
+        power = np.append(power, np.dot(rest, rest) / len(rest))
     loud = np.flatnonzero(power >= power.max() * 10 ** (-trim_db / 10))
+    if not len(loud):  # NaN compares false: leave the clip to whoever checks it
+        return waveform
     return waveform[loud[0] * frame_length : (loud[-1] + 1) * frame_length]
 
 
@@ -238,7 +248,7 @@ def prepare(waveform: Any, front_end: FrontEnd) -> np.ndarray:
     if waveform.ndim != 1 or not len(waveform):
         raise ValueError(f"waveform of shape {waveform.shape}: give one channel, (n,) with n >= 1")
     waveform = trim(waveform, front_end.trim_db, max(1, round(0.016 * front_end.sampling_rate)))
-    power = np.square(waveform).mean(dtype=np.float64)
+    power = float(np.dot(waveform, waveform)) / len(waveform)
     if not np.isfinite(power):
         raise ValueError("waveform holds NaN or infinite samples: clean or leave out this clip")
     if front_end.scale_rms and power > 0:
@@ -248,7 +258,7 @@ def prepare(waveform: Any, front_end: FrontEnd) -> np.ndarray:
 
 @torch.no_grad()
 def log_mel(waveforms: Any, front_end: FrontEnd) -> torch.Tensor:
-    """Natural logarithm of the mel power spectrogram, of waveforms of one length as they are (no trimming, no scaling).
+    """Natural logarithm of the mel power spectrogram, of waveforms of one length as they are (not trimmed, not scaled).
 
     Equals, to 1e-4, `numpy.log(librosa.feature.melspectrogram(y=waveforms, power=2, center=True, pad_mode="constant",
     htk=False, norm="slaney", ...) + eps)`.
@@ -256,7 +266,8 @@ def log_mel(waveforms: Any, front_end: FrontEnd) -> torch.Tensor:
     Parameters
     ----------
     waveforms : array-like or tensor of shape (batch, n), n >= 1
-        Computed in float64 if it is float64 tensor or array, else in float32, on the device where it lies.
+        Computed in float64 if it is a float64 tensor or array, else in float32, on the device where it lies. float32
+        resolves about 110 dB below a clip's loudest component: an `eps` far below that calls for float64.
     front_end : FrontEnd
 
     Returns
@@ -268,11 +279,11 @@ def log_mel(waveforms: Any, front_end: FrontEnd) -> torch.Tensor:
     if waveforms.ndim != 2 or not waveforms.shape[1]:
         raise ValueError(f"waveforms of shape {tuple(waveforms.shape)}: give (batch, n) with n >= 1")
     batch, length = waveforms.shape
-    slots = _slots(length, front_end)
-    tape = F.pad(waveforms, (0, slots * front_end.hop_length - length)).flatten()
-    rows = _log_mel_of_tape(F.pad(tape, (front_end.n_fft // 2, 0)), batch * slots, front_end)
-    frames = 1 + length // front_end.hop_length
-    return rows.unflatten(0, (batch, slots))[:, :frames].transpose(1, 2).contiguous()
+    hop, half, slots = front_end.hop_length, front_end.n_fft // 2, _slots(length, front_end)
+    tape = waveforms.new_zeros(_tape_length(batch * slots, front_end, waveforms.device))
+    tape[half : half + batch * slots * hop].view(batch, -1)[:, :length] = waveforms
+    rows = _log_mel_of_tape(tape, front_end)[: batch * slots].unflatten(0, (batch, slots))
+    return rows[:, : 1 + length // hop].transpose(1, 2).contiguous()
 
 
 @torch.no_grad()
@@ -296,14 +307,27 @@ def log_mel_many(waveforms: Sequence[Any], front_end: FrontEnd) -> list[torch.Te
     """
     hop, half = front_end.hop_length, front_end.n_fft // 2
     results: list[torch.Tensor] = []
-    for clips in _tapes(waveforms, front_end):
+    for clips in _tapefuls(waveforms, front_end):
         starts = np.cumsum([0] + [_slots(len(clip), front_end) for clip in clips])  # in frames
-        tape = np.zeros(half + starts[-1] * hop, np.float32)
+        tape = np.zeros(_tape_length(int(starts[-1]), front_end, torch.device("cpu")), np.float32)
         for start, clip in zip(starts, clips):
             tape[half + start * hop :][: len(clip)] = clip
-        rows = _log_mel_of_tape(torch.from_numpy(tape), int(starts[-1]), front_end)
+        rows = _log_mel_of_tape(torch.from_numpy(tape), front_end)
         results += [rows[k : k + 1 + len(clip) // hop].T.contiguous() for k, clip in zip(starts, clips)]
     return results
+
+
+def _tapefuls(waveforms: Sequence[Any], front_end: FrontEnd) -> Iterator[list[np.ndarray]]:
+    clips: list[np.ndarray] = []
+    samples = 0
+    for waveform in waveforms:
+        clips.append(prepare(waveform, front_end))
+        samples += len(clips[-1])
+        if samples >= TAPE_SAMPLES:
+            yield clips
+            clips, samples = [], 0
+    if clips:
+        yield clips
 
 
 def _slots(length: int, front_end: FrontEnd) -> int:
@@ -311,30 +335,32 @@ def _slots(length: int, front_end: FrontEnd) -> int:
     return -(-(length + front_end.n_fft // 2) // front_end.hop_length)
 
 
-def _tapes(waveforms: Sequence[Any], front_end: FrontEnd) -> Iterator[list[np.ndarray]]:
-    clips: list[np.ndarray] = []
-    for waveform in waveforms:
-        clips.append(prepare(waveform, front_end))
-        if sum(map(len, clips)) >= TAPE_SAMPLES:
-            yield clips
-            clips = []
-    if clips:
-        yield clips
+def _block(device: torch.device) -> int:
+    return BLOCK_FRAMES if device.type == "cpu" else 1 << 14
 
 
-def _log_mel_of_tape(tape: torch.Tensor, count: int, front_end: FrontEnd) -> torch.Tensor:
-    """Log-mel of the first `count` frames of a tape (samples,), frame k beginning at sample k * hop: (count, n_mels)."""
-    block = BLOCK_FRAMES if tape.device.type == "cpu" else 1 << 14
-    total = -(-count // block) * block  # whole blocks only: kernels then take the same path for every frame
-    needed = (total - 1) * front_end.hop_length + front_end.n_fft
-    frames = F.pad(tape, (0, max(0, needed - len(tape)))).unfold(0, front_end.n_fft, front_end.hop_length)
-    window, filters = _window_and_filters(front_end, tape.dtype, tape.device)
-    rows = tape.new_empty(total, front_end.n_mels)
-    for start in range(0, total, block):
-        spectrum = torch.fft.rfft(frames[start : start + block] * window)  # (block, bins)
-        power = torch.view_as_real(spectrum).square().sum(-1)
-        torch.mm(power, filters, out=rows[start : start + block])
-    return rows[:count].add_(front_end.eps).log_()
+def _tape_length(frames: int, front_end: FrontEnd, device: torch.device) -> int:
+    """Samples of a tape for `frames` frames and for what is missing to whole blocks.
+
+    With whole blocks only, the kernels take the same path for every frame.
+    """
+    block = _block(device)
+    return (-(-frames // block) * block - 1) * front_end.hop_length + front_end.n_fft
+
+
+def _log_mel_of_tape(tape: torch.Tensor, front_end: FrontEnd) -> torch.Tensor:
+    """Log-mel of all frames of a tape (samples,), frame k beginning at sample k * hop: (frames, n_mels)."""
+    block = _block(tape.device)
+    frames = tape.unfold(0, front_end.n_fft, front_end.hop_length)
+    window, bands = _window_and_bands(front_end, tape.dtype, tape.device)
+    rows = tape.new_empty(len(frames), front_end.n_mels)
+    for start in range(0, len(frames), block):
+        spectrum = torch.fft.rfft(frames[start : start + block] * window)
+        real, imaginary = torch.view_as_real(spectrum).square_().unbind(-1)  # several times as fast as spectrum.abs()
+        power = real + imaginary  # (block, bins)
+        for bins, mels, weights in bands:
+            torch.mm(power[:, bins], weights, out=rows[start : start + block, mels])
+    return rows.add_(front_end.eps).log_()
 
 
 @torch.no_grad()
@@ -372,9 +398,27 @@ def fit_frames(log_mel: Any, front_end: FrontEnd) -> torch.Tensor:
         canvas[..., left : left + have] = x
         x = canvas.unsqueeze(-3)
     else:
-        starts = torch.tensor([*range(0, have - width, max(1, width // 2)), have - width])
+        starts = torch.tensor(_starts(have, width))
         x = x[..., starts[:, None] + torch.arange(width)].movedim(-2, -3)  # (..., windows, n_mels, frames)
     return ((x - front_end.mean) / front_end.std).contiguous()
+
+
+def _starts(have: int, width: int) -> list[int]:
+    """First frames of the windows of a clip longer than one: half overlapped, the last flush with the end."""
+    return [*range(0, have - width, max(1, width // 2)), have - width]
+
+
+def num_windows(frames: int, front_end: FrontEnd) -> int:
+    """How many windows `fit_frames` makes of a clip of so many frames.
+
+    Examples
+    --------
+    >>> num_windows(200, FrontEnd()), num_windows(10, FrontEnd())
+    (4, 1)
+    """
+    if front_end.fit == "stretch" or frames <= front_end.frames:
+        return 1
+    return len(_starts(frames, front_end.frames))
 
 
 def fit_frames_many(log_mels: Sequence[Any], front_end: FrontEnd) -> list[torch.Tensor]:

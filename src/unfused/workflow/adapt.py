@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from unfused.data.files import Quarantine, atomic_write, printable, read_json, write_csv, write_json
+from unfused.data.files import Quarantine, printable, read_json, write_csv
 from unfused.workflow.arms import Bench, Draw, Outcome
 from unfused.workflow.modality import Audio, Corpus, Image, Inputs, Modality
 from unfused.workflow.run_folder import RunFolder
@@ -145,8 +145,9 @@ def adapt(
     >>> run.metrics["methods"]["unfused"]["accuracy"]["mean"]                     # doctest: +SKIP
     >>> run.model.predict(["new.wav"])                                            # doctest: +SKIP
     """
-    from unfused.workflow.products import write_products
+    from unfused.workflow.products import summary_facts, write_products
     from unfused.workflow.progress import Console
+    from unfused.workflow.report import ReportData
 
     settings = _settings(source, labels, options)
     begin = time.perf_counter()
@@ -162,8 +163,10 @@ def adapt(
         test = _held_out(settings, corpus, labels_known, truth)
         pool = ~test if settings.inductive else np.ones(len(corpus), bool)
         _check(settings, corpus, truth, test, classes)
-        console.summary(settings, corpus, quarantine, labels_known, classes, groups, test)
-
+        facts = summary_facts(
+            modality.name, corpus, groups, labels_known, classes, test & (truth >= 0), quarantine
+        )
+        console.summary(ReportData(settings.name, summary=facts, quarantine=quarantine.rows))
         bench = _prepare(settings, run, modality, corpus, groups, truth, classes, pool, test, console)
         draws = _draws(settings, truth, test, classes)
         outcomes = _compare(settings, run, bench, draws, console)
@@ -175,13 +178,14 @@ def adapt(
             outcomes=outcomes,
             labels=labels_known,
             quarantine=quarantine,
+            facts=facts,
             seconds=time.perf_counter() - begin,
             console=console,
         )
     return Run(path, metrics, queue, settings)
 
 
-# --- settings -------------------------------------------------------------------------------------------------------
+# --- settings --------------------------------------------------------------------------------------------
 
 
 def _settings(source: Any, labels: Any, options: dict[str, Any]) -> Settings:
@@ -257,7 +261,7 @@ def _same(source: str) -> str:
     return os.path.realpath(source) if os.path.exists(source) else source
 
 
-# --- 1 read ---------------------------------------------------------------------------------------------------------
+# --- 1 read ----------------------------------------------------------------------------------------------
 
 
 def _read(
@@ -396,7 +400,7 @@ def _draws(settings: Settings, truth: np.ndarray, test: np.ndarray, classes: lis
     return draws
 
 
-# --- 2 to 4: what sees no label ---------------------------------------------------------------------------------------
+# --- 2 to 4: what sees no label --------------------------------------------------------------------------
 
 
 def _steps(settings: Settings, windows: int) -> dict[str, int]:
@@ -475,7 +479,7 @@ def _wants_literal(settings: Settings) -> bool:
     return "unfused-literal" in settings.method or ("unfused" in settings.method and not settings.propagate)
 
 
-# --- 5 the arms -----------------------------------------------------------------------------------------------------
+# --- 5 the arms ------------------------------------------------------------------------------------------
 
 
 def _compare(

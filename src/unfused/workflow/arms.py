@@ -17,6 +17,8 @@ import torch
 from unfused.train.data import ArrayDataset
 from unfused.workflow.modality import Corpus, Inputs, Modality
 
+LABEL_SMOOTHING = 0.1  # of every supervised stage, whatever the method
+
 
 @dataclass
 class Draw:
@@ -49,6 +51,10 @@ class Bench:
     literal_student: Callable[[], Any] | None = None
     fit: Callable[..., Any] = lambda *args, **kwargs: None
     cache: dict[str, Any] = field(default_factory=dict)
+
+    def augment(self) -> Any:
+        """A new augmentation with no memory of earlier batches."""
+        return self.modality.augment(self.inputs.normaliser)
 
     @property
     def classic_input(self) -> Any:
@@ -101,15 +107,18 @@ def _supervised(
     folder: Path,
     steps: int,
     *,
-    targets=None,
-    head=None,
+    targets: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
+    head: Any = None,
     lr: float = 2e-3,
 ) -> Outcome:
     """Fine-tune encoder and a new linear head on the visible labels (or on soft `targets` of the pool)."""
     from unfused.finetune.fine_tune import FineTune
 
     torch.manual_seed(draw.seed)
-    objective = FineTune(encoder, len(bench.classes), augment=bench.modality.augment())
+    objective = FineTune(
+        encoder, len(bench.classes), augment=bench.augment(), label_smoothing=LABEL_SMOOTHING
+    )
     if head is not None:
         objective.head.load_state_dict(head.state_dict())
     if targets is None:
@@ -141,7 +150,7 @@ def predict_clips(bench: Bench, encoder: Any, head: Any) -> np.ndarray:
     return bench.inputs.pool(probabilities, len(bench.corpus))
 
 
-# --- the arms -------------------------------------------------------------------------------------------------------
+# --- the arms --------------------------------------------------------------------------------------------
 
 
 def unfused_literal(bench: Bench, draw: Draw, folder: Path) -> Outcome:
@@ -158,9 +167,8 @@ def unfused_propagate(bench: Bench, draw: Draw, folder: Path) -> Outcome:
     from unfused.pretrain.unfused import UnFuSeD
 
     targets, details = spread_targets(bench, draw)
-    pool = np.flatnonzero(bench.pool)
     torch.manual_seed(draw.seed)
-    student = UnFuSeD(bench.modality.encoder(), len(bench.classes), augment=bench.modality.augment())
+    student = UnFuSeD(bench.modality.encoder(), len(bench.classes), augment=bench.augment())
     rows = bench.inputs.of(bench.pool)
     position = np.cumsum(bench.pool) - 1
     data = PoolDataset(
@@ -171,7 +179,13 @@ def unfused_propagate(bench: Bench, draw: Draw, folder: Path) -> Outcome:
     )
     before = predict_clips(bench, student.encoder, student.classifier)
     outcome = _supervised(
-        bench, draw, student.encoder, folder / "fine-tune", bench.steps["fine_tune"], head=student.classifier, lr=2e-4
+        bench,
+        draw,
+        student.encoder,
+        folder / "fine-tune",
+        bench.steps["fine_tune"],
+        head=student.classifier,
+        lr=2e-4,
     )
     held_out = bench.test & (bench.truth >= 0)
     if held_out.any():
@@ -233,7 +247,9 @@ def _unit(features: np.ndarray, groups: np.ndarray | None, components: int = 64)
 
     x = standardize_groups(np.asarray(features, np.float32), groups)
     components = min(components, *x.shape)
-    return normalize(PCA(components, svd_solver="randomized", random_state=0).fit_transform(x)).astype(np.float32)
+    return normalize(PCA(components, svd_solver="randomized", random_state=0).fit_transform(x)).astype(
+        np.float32
+    )
 
 
 def _recovered(view: np.ndarray, labels: np.ndarray, num_classes: int, seed: int, folds: int = 5) -> float:
@@ -278,7 +294,9 @@ def classic(bench: Bench, draw: Draw, folder: Path) -> Outcome:
     rows = np.flatnonzero(draw.visible)
     visible = data[rows] if isinstance(data, np.ndarray) else [data[row] for row in rows]
     model = Classic(seed=draw.seed).fit(visible, draw.labels[rows], groups=_groups(bench, rows))
-    return Outcome(_expand(model, data, len(bench.classes)), details={"representation": model.representation_})
+    return Outcome(
+        _expand(model, data, len(bench.classes)), details={"representation": model.representation_}
+    )
 
 
 def ceiling(bench: Bench, draw: Draw, folder: Path) -> Outcome:
@@ -300,7 +318,7 @@ def _expand(model: Any, features: Any, num_classes: int) -> np.ndarray:
     return probabilities
 
 
-# --- keeping an outcome ---------------------------------------------------------------------------------------------
+# --- keeping an outcome ----------------------------------------------------------------------------------
 
 
 def save_outcome(outcome: Outcome, folder: Path) -> dict[str, Any]:

@@ -79,7 +79,9 @@ def _corpus(manifest: Manifest, found: Any, front_end: str) -> Corpus:
     usable = manifest.select(found.usable)
     content = hashlib.blake2b(front_end.encode(), digest_size=16)
     for path, array in zip(usable.paths, found.features, strict=True):
-        content.update(path.encode("utf-8", "surrogateescape") + b"\0" + np.ascontiguousarray(array).tobytes())
+        content.update(
+            path.encode("utf-8", "surrogateescape") + b"\0" + np.ascontiguousarray(array).tobytes()
+        )
     return Corpus(usable, found.features, found.seconds, content.hexdigest())
 
 
@@ -95,7 +97,7 @@ class Modality(Protocol):
     ) -> Corpus: ...
     def inputs(self, corpus: Corpus, pool: np.ndarray, folder: Path) -> Inputs: ...
     def encoder(self) -> Any: ...
-    def augment(self) -> Any: ...
+    def augment(self, normaliser: dict[str, Any]) -> Any: ...
     def classic_input(self, corpus: Corpus) -> Any: ...
     def classic_features(self, corpus: Corpus) -> np.ndarray: ...
     def classifier(self, encoder: Any, head: Any, classes: list[str]) -> Any: ...
@@ -122,7 +124,12 @@ class Audio:
         self.front_end = front_end
 
     def settings(self) -> dict[str, Any]:
-        return {"modality": self.name, "width": self.width, "front_end": self.front_end.to_dict()}
+        return {
+            "modality": self.name,
+            "front_end": self.front_end.to_dict(),
+            "encoder": repr(self.encoder()),
+            "augment": repr(self.augment({})),
+        }
 
     def read(
         self, manifest: Manifest, cache: Path, quarantine: Quarantine, progress: Callable | None = None
@@ -165,12 +172,14 @@ class Audio:
         from unfused.nn.audio_model import AudioNTT
 
         pooling = "segments" if self.front_end.fit == "stretch" else "max-mean"
-        return AudioNTT(self.front_end.n_mels, self.width, 16 * self.width, pooling)
+        return AudioNTT(self.front_end.n_mels, self.width, 16 * self.width, pooling, cepstra=13)
 
-    def augment(self) -> Any:
+    def augment(self, normaliser: dict[str, Any]) -> Any:
         from unfused.nn.augment import AudioAugment
 
-        return AudioAugment("voice" if self.front_end.fit == "stretch" else "sound")
+        if self.front_end.fit == "stretch":  # strengths measured on spoken digits, see docs/unfused.md
+            return AudioAugment("voice", frequency=0.1, tilt=0.2, time_bend=0.05, cepstra=14)
+        return AudioAugment("sound")
 
     def classic_input(self, corpus: Corpus) -> list[np.ndarray]:
         return list(corpus.raw)
@@ -208,7 +217,7 @@ class Image:
         self.size = size
 
     def settings(self) -> dict[str, Any]:
-        return {"modality": self.name, "width": self.width, "size": self.size}
+        return {"modality": self.name, "size": self.size, "encoder": repr(self.encoder())}
 
     def read(
         self, manifest: Manifest, cache: Path, quarantine: Quarantine, progress: Callable | None = None
@@ -243,10 +252,10 @@ class Image:
 
         return ResNetEncoder(width=self.width)
 
-    def augment(self) -> Any:
+    def augment(self, normaliser: dict[str, Any]) -> Any:
         from unfused.nn.augment import ImageAugment
 
-        return ImageAugment()
+        return ImageAugment(mean=normaliser["mean"], std=normaliser["std"])
 
     def classic_input(self, corpus: Corpus) -> np.ndarray:
         return np.stack(list(corpus.raw))

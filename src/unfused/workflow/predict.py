@@ -41,8 +41,13 @@ class AdaptedModel:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> AdaptedModel:
         """Load `runs/NAME/model`, or `runs/NAME`."""
-        from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor
-        from transformers import AutoModelForAudioClassification, AutoModelForImageClassification
+        from transformers import (
+            AutoConfig,
+            AutoFeatureExtractor,
+            AutoImageProcessor,
+            AutoModelForAudioClassification,
+            AutoModelForImageClassification,
+        )
 
         from unfused.nn.register import register
 
@@ -51,7 +56,9 @@ class AdaptedModel:
         if (path / "model" / "config.json").exists():
             path = path / "model"
         if not (path / "config.json").exists():
-            raise ValueError(f"model={os.fspath(folder)!r} holds no config.json: give the folder that `unfused adapt` wrote")
+            raise ValueError(
+                f"model={os.fspath(folder)!r} holds no config.json: give the folder that `unfused adapt` wrote"
+            )
         config = AutoConfig.from_pretrained(path)
         if config.model_type == "unfused-audio":
             model = AutoModelForAudioClassification.from_pretrained(path)
@@ -73,7 +80,9 @@ class AdaptedModel:
         names = self.model.config.id2label
         return [names[index] for index in range(len(names))]
 
-    def predict_proba(self, paths: Sequence[str | os.PathLike[str]], quarantine: Quarantine | None = None) -> np.ndarray:
+    def predict_proba(
+        self, paths: Sequence[str | os.PathLike[str]], quarantine: Quarantine | None = None
+    ) -> np.ndarray:
         """Class probabilities of files.
 
         Parameters

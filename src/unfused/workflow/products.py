@@ -12,6 +12,8 @@ import numpy as np
 
 from unfused.data.files import Quarantine, atomic_write, write_csv, write_json
 from unfused.workflow.arms import Bench, Draw, load_network
+from unfused.workflow.modality import Corpus
+from unfused.workflow.report import ReportData, write_report
 from unfused.workflow.run_folder import RunFolder
 from unfused.workflow.settings import Settings
 
@@ -27,6 +29,7 @@ def write_products(
     outcomes: dict[str, list[dict[str, Any]]],
     labels: list[str | None],
     quarantine: Quarantine,
+    facts: dict[str, Any],
     seconds: float,
     console: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -36,7 +39,7 @@ def write_products(
         "methods": {name: _method(bench, scores[name], outcomes[name]) for name in outcomes},
         "paired": _paired(scores),
         "stages": {result.name: _stage(result) for result in run.results},
-        "data": _data(settings, bench, draws, labels, quarantine),
+        "data": _data(settings, bench, draws, facts),
     }
     first = next(iter(outcomes), None)
     probabilities = None
@@ -49,14 +52,27 @@ def write_products(
     if draws:
         _write_model(settings, run.path, bench, outcomes[first][0]["folder"], metrics, first)
     write_json(run.path / "metrics.json", metrics)
-    _write_report(
-        settings, run, bench, draws, outcomes, scores, metrics, labels, quarantine, queue, probabilities, seconds
+    data = _report_data(
+        settings,
+        run,
+        bench,
+        draws,
+        outcomes,
+        scores,
+        metrics,
+        labels,
+        quarantine,
+        queue,
+        probabilities,
+        facts,
+        seconds,
     )
-    _say(console, settings, run.path, metrics, queue, draws)
+    write_report(run.path / "report.html", data)
+    console.summary(data, run.path)
     return metrics, queue
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------
+# --- numbers ---------------------------------------------------------------------------------------------
 
 
 def _score(bench: Bench, outcome: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +96,13 @@ def mean_and_interval(values: list[float], right: np.ndarray | None = None, seed
 
         mean, error = float(np.mean(values)), float(stats.sem(values))
         half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-        return {"mean": mean, "interval": [mean - half, mean + half], "seeds": list(values)}
+        # an accuracy cannot leave 0..1, a difference of two not -1..1
+        floor = 0.0 if min(values) >= 0 and right is not None and right.dtype == bool else -1.0
+        return {
+            "mean": mean,
+            "interval": [max(floor, mean - half), min(1.0, mean + half)],
+            "seeds": list(values),
+        }
     draws = np.random.default_rng(seed).choice(right, (2000, len(right))).mean(1)
     return {"mean": values[0], "interval": np.quantile(draws, [0.025, 0.975]).tolist(), "seeds": list(values)}
 
@@ -112,7 +134,13 @@ def _paired(scores: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             right = pairs[0][0]["right"].astype(float) - pairs[0][1]["right"]
             found = mean_and_interval(differences, right)
             rows.append(
-                {"a": names[0], "b": other, "mean": found["mean"], "interval": found["interval"], "n": len(pairs)}
+                {
+                    "a": names[0],
+                    "b": other,
+                    "mean": found["mean"],
+                    "interval": found["interval"],
+                    "n": len(pairs),
+                }
             )
     return rows
 
@@ -122,28 +150,19 @@ def _stage(result: Any) -> dict[str, Any]:
     return {**kept, "reused": result.reused}
 
 
-def _data(
-    settings: Settings, bench: Bench, draws: list[Draw], labels: list[str | None], quarantine: Quarantine
-) -> dict[str, Any]:
+def _data(settings: Settings, bench: Bench, draws: list[Draw], facts: dict[str, Any]) -> dict[str, Any]:
     return {
+        **facts,
         "source": settings.source.encode("utf-8", "backslashreplace").decode(),
-        "modality": bench.modality.name,
-        "usable": len(bench.corpus),
-        "quarantined": len(quarantine),
-        "files": len(bench.corpus) + len(quarantine),
-        "seconds_total": float(bench.corpus.seconds.sum()),
-        "labelled": sum(label is not None for label in labels),
-        "labels_used": int(draws[0].visible.sum()) if draws else 0,
         "classes": bench.classes,
-        "groups": 0 if bench.groups is None else len(set(bench.groups)),
-        "held_out": int((bench.test & (bench.truth >= 0)).sum()),
+        "labels_used": int(draws[0].visible.sum()) if draws else 0,
         "pool": int(bench.pool.sum()),
         "protocol": "inductive" if settings.inductive else "transductive",
         "clusters": len(bench.cache["clusters"].centroids),
     }
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------------------
 
 
 def _queue(
@@ -166,7 +185,9 @@ def _queue(
             "rank": rank,
             "path": bench.corpus.manifest.paths[pool[item]],
             "cluster": int(clusters.ids[item]),
-            "reason": f"middle of a cluster of {clusters.sizes[clusters.ids[item]]}" if item in medoids else "uncertain",
+            "reason": f"middle of a cluster of {clusters.sizes[clusters.ids[item]]}"
+            if item in medoids
+            else "uncertain",
             "row": int(pool[item]),
         }
         for rank, item in enumerate(order.tolist(), 1)
@@ -179,7 +200,11 @@ def _members(clusters: Any) -> list[np.ndarray]:
 
 
 def _write_tables(
-    path: Path, bench: Bench, labels: list[str | None], probabilities: np.ndarray | None, queue: list[dict[str, Any]]
+    path: Path,
+    bench: Bench,
+    labels: list[str | None],
+    probabilities: np.ndarray | None,
+    queue: list[dict[str, Any]],
 ) -> None:
     paths, ids = bench.corpus.manifest.paths, bench.cache["clusters"].ids
     cluster_of = dict(zip(np.flatnonzero(bench.pool).tolist(), ids.tolist(), strict=True))
@@ -231,10 +256,40 @@ def _write_model(
     os.replace(aside, final)
 
 
-# --- report ---------------------------------------------------------------------------------------------------------
+# --- report ----------------------------------------------------------------------------------------------
 
 
-def _write_report(
+def summary_facts(
+    modality: str,
+    corpus: Corpus,
+    groups: np.ndarray | None,
+    labels: list[str | None],
+    classes: list[str],
+    held_out: np.ndarray,
+    quarantine: Quarantine,
+) -> dict[str, Any]:
+    """What was read, for the console, the report and `metrics.json`."""
+    found: dict[str, Any] = {
+        "modality": modality,
+        "files": len(corpus) + len(quarantine),
+        "usable": len(corpus),
+        "quarantined": len(quarantine),
+        "labelled": sum(label is not None for label in labels),
+        "held_out": int(held_out.sum()),
+        "classes": len(classes),
+        "groups": 0 if groups is None else len(set(groups)),
+    }
+    if (seconds := corpus.seconds).any():
+        found["seconds_total"] = float(seconds.sum())
+        found["duration_s"] = {
+            "min": float(seconds.min()),
+            "median": float(np.median(seconds)),
+            "max": float(seconds.max()),
+        }
+    return found
+
+
+def _report_data(
     settings: Settings,
     run: RunFolder,
     bench: Bench,
@@ -246,29 +301,12 @@ def _write_report(
     quarantine: Quarantine,
     queue: list[dict[str, Any]],
     probabilities: np.ndarray | None,
+    facts: dict[str, Any],
     seconds: float,
-) -> None:
+) -> ReportData:
     import unfused
-    from unfused.workflow.report import ReportData, write_report
 
-    data = metrics["data"]
-    lengths = bench.corpus.seconds
-    summary: dict[str, Any] = {
-        "modality": data["modality"],
-        "files": data["files"],
-        "usable": data["usable"],
-        "quarantined": data["quarantined"],
-        "labelled": data["labelled"],
-        "held_out": data["held_out"],
-        "classes": len(bench.classes),
-        "groups": data["groups"],
-        "clusters": data["clusters"],
-    }
-    if lengths.any():
-        summary["seconds_total"] = data["seconds_total"]
-        summary["duration_s"] = {
-            "min": float(lengths.min()), "median": float(np.median(lengths)), "max": float(lengths.max()),
-        }  # fmt: skip
+    summary = {**facts, "clusters": metrics["data"]["clusters"]}
     if draws:
         used = Counter(draws[0].labels[draws[0].visible].tolist())
         summary["per_class"] = {bench.classes[k]: n for k, n in sorted(used.items())}
@@ -283,38 +321,35 @@ def _write_report(
     }
     first = next(iter(scores), None)
     evaluated = bool(first and scores[first] and scores[first][0]["accuracy"] is not None)
-    write_report(
-        run.path / "report.html",
-        ReportData(
-            title=settings.name,
-            created=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
-            version=unfused.__version__,
-            command=_command(settings),
-            config=settings.to_dict(),
-            pool=data["protocol"],
-            summary=summary,
-            quarantine=quarantine.rows,
-            stages=[
-                {
-                    "name": r.name,
-                    "seconds": r.info.get("seconds"),
-                    "peak_mib": r.info.get("peak_mib") or None,
-                    "parameters": r.info.get("parameters") or None,
-                    "detail": _detail(r.info),
-                    "reused": r.reused,
-                }
-                for r in run.results
-            ],
-            curves=curves,
-            methods=methods,
-            interval="t" if len(draws) > 1 else "bootstrap",
-            paired=metrics["paired"],
-            groups=_by_group(bench, scores) if evaluated else {},
-            confusion=_confusion(bench, scores[first][0]["predicted"], first) if evaluated else None,
-            map=_map(bench, labels, probabilities if draws else None),
-            to_label=[{**q, "preview": _preview(bench, q["row"])} for q in queue],
-            pseudo_label_summary=_cluster_summary(bench, labels),
-        ),
+    return ReportData(
+        title=settings.name,
+        created=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
+        version=unfused.__version__,
+        command=_command(settings),
+        config=settings.to_dict(),
+        pool=metrics["data"]["protocol"],
+        summary=summary,
+        quarantine=quarantine.rows,
+        stages=[
+            {
+                "name": r.name,
+                "seconds": r.info.get("seconds"),
+                "peak_mib": r.info.get("peak_mib") or None,
+                "parameters": r.info.get("parameters") or None,
+                "detail": _detail(r.info),
+                "reused": r.reused,
+            }
+            for r in run.results
+        ],
+        curves=curves,
+        methods=methods,
+        interval="t" if len(draws) > 1 else "bootstrap",
+        paired=metrics["paired"],
+        groups=_by_group(bench, scores) if evaluated else {},
+        confusion=_confusion(bench, scores[first][0]["predicted"], first) if evaluated else None,
+        map=_map(bench, labels, probabilities if draws else None),
+        to_label=[{**q, "preview": _preview(bench, q["row"])} for q in queue],
+        pseudo_label_summary=_cluster_summary(bench, labels),
     )
 
 
@@ -331,7 +366,9 @@ def _detail(info: dict[str, Any]) -> str:
     if "clusters" in info:
         parts.append(f"{info['clusters']} clusters")
     if "targets_correct" in (info.get("details") or {}):
-        parts.append(f"spread labels right on {info['details']['targets_correct']:.1%} of the clips with known label")
+        parts.append(
+            f"spread labels right on {info['details']['targets_correct']:.1%} of the clips with known label"
+        )
     return ", ".join(parts)
 
 
@@ -342,7 +379,8 @@ def _by_group(bench: Bench, scores: dict[str, list[dict[str, Any]]]) -> dict[str
     names = bench.groups[rows]
     return {
         method: {
-            str(g): float(np.mean([s["right"][names == g].mean() for s in repeated])) for g in np.unique(names)
+            str(g): float(np.mean([s["right"][names == g].mean() for s in repeated]))
+            for g in np.unique(names)
         }
         for method, repeated in scores.items()
     }
@@ -365,7 +403,9 @@ def _map(bench: Bench, labels: list[str | None], probabilities: np.ndarray | Non
     x = bench.features[pool[chosen]]
     x = PCA(min(30, *x.shape), random_state=0).fit_transform(x)
     if len(x) >= 10:
-        x = TSNE(2, perplexity=min(30, (len(x) - 1) / 3), init="pca", max_iter=500, random_state=0).fit_transform(x)
+        x = TSNE(
+            2, perplexity=min(30, (len(x) - 1) / 3), init="pca", max_iter=500, random_state=0
+        ).fit_transform(x)
     x = np.pad(x, ((0, 0), (0, max(0, 2 - x.shape[1]))))[:, :2]
     points = []
     for (px, py), place in zip(x, chosen, strict=True):
@@ -376,7 +416,9 @@ def _map(bench: Bench, labels: list[str | None], probabilities: np.ndarray | Non
                 "y": float(py),
                 "cluster": int(clusters.ids[place]),
                 "label": labels[row],
-                "predicted": None if probabilities is None else bench.classes[int(probabilities[row].argmax())],
+                "predicted": None
+                if probabilities is None
+                else bench.classes[int(probabilities[row].argmax())],
                 "path": bench.corpus.manifest.paths[row],
                 "preview": _preview(bench, row),
                 "distance": float(clusters.distances[place]),
@@ -415,27 +457,3 @@ def _cluster_summary(bench: Bench, labels: list[str | None]) -> list[dict[str, A
             }
         )
     return rows
-
-
-def _say(
-    console: Any,
-    settings: Settings,
-    path: Path,
-    metrics: dict[str, Any],
-    queue: list[dict[str, Any]],
-    draws: list[Draw],
-) -> None:
-    lines = []
-    for name, row in sorted(
-        metrics["methods"].items(), key=lambda item: -(item[1]["accuracy"]["mean"] or 0)
-    ):
-        if row["accuracy"]["mean"] is not None:
-            low, high = row["accuracy"]["interval"]
-            lines.append(f"  {name:18s} accuracy {row['accuracy']['mean']:.3f} ({low:.3f} to {high:.3f})")
-    if not draws:
-        lines.append(
-            f"  no labels yet: {len(queue)} clips most worth labelling are in {path / 'to_label.csv'}; "
-            "fill in the column and run the same command again"
-        )
-    lines.append(f"  report {path / 'report.html'}")
-    console.say("\n".join(lines))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 
 class Console:
@@ -55,30 +54,13 @@ class Console:
         model.to(memory_format=torch.channels_last)
         return fit(model, data, progress=self.task(self.current, options["steps"]), **options)
 
-    def summary(
-        self,
-        settings: Any,
-        corpus: Any,
-        quarantine: Any,
-        labels: list[str | None],
-        classes: list[str],
-        groups: np.ndarray | None,
-        test: np.ndarray,
-    ) -> None:
-        if not self.enabled or self.callback is not None:
-            return
-        labelled = sum(label is not None for label in labels)
-        minutes = corpus.seconds.sum() / 60
-        facts = [
-            f"  {len(corpus):,} usable files" + (f", {minutes:,.1f} minutes" if minutes else ""),
-            f"{len(quarantine):,} set aside" + (" (quarantine.csv says why)" if len(quarantine) else ""),
-            f"{labelled:,} labelled in {len(classes)} classes" if classes else "no labels",
-        ]
-        if groups is not None:
-            facts.append(f"{len(set(groups)):,} groups")
-        if test.any():
-            facts.append(f"{int(test.sum()):,} held out")
-        self.say("\n  ".join(facts))
+    def summary(self, data: Any, folder: Path | None = None) -> None:
+        """The run on one screen: after reading (what was found) and at the end (what came out)."""
+        if self.enabled and self.callback is None:
+            from unfused.workflow.summary import print_summary
+
+            self._close()
+            print_summary(data, folder=folder)
 
     def say(self, text: str) -> None:
         self._close()

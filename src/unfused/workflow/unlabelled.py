@@ -14,7 +14,6 @@ from unfused.workflow.arms import Bench, PoolDataset
 from unfused.workflow.modality import Corpus, Inputs, Modality
 from unfused.workflow.settings import TEACHERS
 
-
 CLUSTER_ARRAYS = ("ids", "centroids", "features", "distances")
 
 
@@ -22,7 +21,7 @@ def mask_digest(mask: np.ndarray) -> str:
     return hashlib.blake2b(np.packbits(mask).tobytes(), digest_size=8).hexdigest()
 
 
-# --- windows --------------------------------------------------------------------------------------------------------
+# --- windows ---------------------------------------------------------------------------------------------
 
 
 def write_windows(modality: Modality, corpus: Corpus, pool: np.ndarray, folder: Path) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def open_windows(folder: Path) -> Inputs:
     return Inputs(values, np.load(folder / "clip.npy"), read_json(folder / "done.json")["normaliser"])
 
 
-# --- 2 pretrain -----------------------------------------------------------------------------------------------------
+# --- 2 pretrain ------------------------------------------------------------------------------------------
 
 
 def pretrain(bench: Bench, teacher: str, folder: Path) -> dict[str, Any]:
@@ -63,25 +62,40 @@ def pretrain(bench: Bench, teacher: str, folder: Path) -> dict[str, Any]:
 
 def _train_teacher(bench: Bench, teacher: str, encoder: Any, folder: Path) -> Any:
     rows = bench.inputs.of(bench.pool)
-    augment, steps = bench.modality.augment(), bench.steps["pretrain"]
-    common: dict[str, Any] = {"output_dir": folder, "steps": steps, "seed": bench.seed}
-    data = PoolDataset(bench.inputs.values, rows)
+    augment, size = bench.augment(), min(128, len(rows))
+    recipe: dict[str, Any] = {"steps": bench.steps["pretrain"], "seed": bench.seed, "batch_size": size}
+    columns: dict[str, Any] = {}
+    objective: torch.nn.Module
     if teacher == "contrastive":
         from unfused.pretrain.contrastive import Contrastive
 
-        return bench.fit(Contrastive(encoder, augment=augment), data, batch_size=128, **common)
-    if teacher == "decar":
-        from unfused.pretrain.decar import fit_decar
+        objective = Contrastive(encoder, augment)
+    elif teacher == "delores-s":
+        from unfused.pretrain.delores_s import DeLoResS
 
-        return fit_decar(encoder, data, augment=augment, fit=bench.fit, **common)
-    if teacher == "slicer":
+        objective = DeLoResS(encoder, augment)
+    elif teacher == "delores-m":
+        from unfused.pretrain.delores_m import DeLoResM
+
+        objective = DeLoResM(encoder, augment, queue_size=_queue_size(len(rows), size))
+    elif teacher == "slicer":
         from unfused.pretrain.slicer import SLICER
 
-        return bench.fit(SLICER(encoder, augment=augment), data, batch_size=128, **common)
-    from unfused.pretrain.delores import DeLoResM, DeLoResS
+        objective = SLICER(encoder, augment, queue_size=_queue_size(len(rows), size))
+    else:
+        from unfused.pretrain.decar import DECAR, Reassign
 
-    objective = DeLoResS if teacher == "delores-s" else DeLoResM
-    return bench.fit(objective(encoder, augment=augment), data, batch_size=128, **common)
+        objective = DECAR(encoder, len(rows), min(512, max(2, len(rows) // 7)), augment, bench.seed)
+        columns["index"] = np.arange(len(rows))
+        recipe |= {"callbacks": [Reassign(objective)], "sampler": objective.draw, "batch_size": min(64, size)}
+        recipe |= {"optimizer": "sgd", "lr": 0.05, "weight_decay": 1e-5, "schedule": "constant"}
+    data = PoolDataset(bench.inputs.values, rows, **columns)
+    return bench.fit(objective, data, output_dir=folder, **recipe)
+
+
+def _queue_size(items: int, batch: int) -> int:
+    """At most half of the pool, in whole batches: the queue must not hold the query's own earlier view as a negative."""
+    return max(1, min(65536, items // 2) // batch) * batch
 
 
 def _external_features(bench: Bench, teacher: str) -> tuple[np.ndarray, int]:
@@ -116,7 +130,7 @@ def attach_teacher(bench: Bench, teacher: str, folder: Path) -> None:
         bench.teacher = load
 
 
-# --- 3 cluster ------------------------------------------------------------------------------------------------------
+# --- 3 cluster -------------------------------------------------------------------------------------------
 
 
 def cluster(bench: Bench, clusters: str, folder: Path) -> dict[str, Any]:
@@ -151,14 +165,16 @@ def _agreed_number(
     rows = bench.inputs.of(bench.pool)
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, 4000).astype(int))]
     clips, index = np.unique(bench.inputs.clip[rows], return_inverse=True)
-    candidates = [k for k in (16, 24, 32, 48, 64) if k * 3 <= len(clips)] or [max(2, len(clips) // 3)]
+    candidates = [k for k in (16, 24, 32, 48, 64) if 2 * k <= len(clips) // 5]
+    if not candidates:  # a small pool: clusters of about five
+        return max(2, len(pool) // 5), []
     if (
         bench.teacher is None
     ):  # a foreign encoder has no inputs of ours to vary: its features are split in two halves
         half = np.random.default_rng(bench.seed).permutation(bench.features.shape[1])
         copies = [bench.features[clips][:, part] for part in np.array_split(half, 2)]
     else:
-        encoder, augment = bench.teacher(), bench.modality.augment()
+        encoder, augment = bench.teacher(), bench.augment()
         copies = []
         for copy in range(2):
             torch.manual_seed(bench.seed + copy)
@@ -182,7 +198,7 @@ def open_clusters(folder: Path) -> Any:
     return Clusters(**{name: np.load(folder / f"{name}.npy") for name in CLUSTER_ARRAYS})
 
 
-# --- 4 distil (the paper's, from cluster ids alone) -------------------------------------------------------------------
+# --- 4 distil (the paper's, from cluster ids alone) ------------------------------------------------------
 
 
 def distil(bench: Bench, folder: Path) -> dict[str, Any]:
@@ -194,7 +210,7 @@ def distil(bench: Bench, folder: Path) -> dict[str, Any]:
     clusters = bench.cache["clusters"]
     torch.manual_seed(bench.seed + 1)
     count = len(clusters.centroids)
-    objective = UnFuSeD(bench.modality.encoder(), count, augment=bench.modality.augment())
+    objective = UnFuSeD(bench.modality.encoder(), count, augment=bench.augment())
     rows = bench.inputs.of(bench.pool)
     position = np.cumsum(bench.pool) - 1  # clip -> row among the pool's clips
     ids = clusters.labels()[position[bench.inputs.clip[rows]]]
