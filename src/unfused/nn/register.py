@@ -1,0 +1,96 @@
+"""Makes transformers' Auto classes and pipelines know our architectures, without importing transformers or torch.
+
+`import unfused` has to stay light, yet `AutoModelForAudioClassification.from_pretrained` has to know our models after
+it. transformers itself is lazy in the same way: its tables hold names of classes, which it looks up in
+`transformers.models.NAME` on first use. So our names go into these tables, at once where the Auto classes are loaded
+already and else right after they are, and `transformers.models.unfused_audio` resolves to `unfused.nn.audio_model`.
+(The public `AutoModel.register` takes classes: it would import torch and our models while transformers is in the
+middle of importing its own modules.)
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__ = ["install_hook", "register"]
+
+MODEL_TYPE, CONFIG = "unfused-audio", "UnfusedAudioConfig"
+ALIAS = "transformers.models.unfused_audio"
+TABLES = {
+    "transformers.models.auto.configuration_auto": {"CONFIG_MAPPING": CONFIG},
+    "transformers.models.auto.feature_extraction_auto": {"FEATURE_EXTRACTOR_MAPPING": "UnfusedFeatureExtractor"},
+    "transformers.models.auto.modeling_auto": {
+        "MODEL_MAPPING": "UnfusedAudioModel",
+        "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING": "UnfusedAudioForClassification",
+    },
+}
+
+
+def install_hook() -> None:
+    """Register with the Auto classes, as soon as they are loaded. Safe to repeat; `import unfused` does it.
+
+    Examples
+    --------
+    >>> install_hook()
+    >>> from transformers import AutoConfig
+    >>> AutoConfig.for_model("unfused-audio", width=32).width
+    32
+    """
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    for name in TABLES:
+        if name in sys.modules:
+            _fill_tables(sys.modules[name])
+
+
+def register() -> None:
+    """`install_hook`, and load the Auto classes now."""
+    install_hook()
+    for name in TABLES:
+        importlib.import_module(name)
+
+
+def _fill_tables(module: ModuleType) -> None:
+    for table, class_name in TABLES[module.__name__].items():
+        mapping = getattr(module, table, None)
+        if mapping is None:  # the module is only half executed, and comes here again when it is done
+            return
+        getattr(module, f"{table}_NAMES")[MODEL_TYPE] = class_name
+        if table != "CONFIG_MAPPING":  # made from CONFIG_MAPPING_NAMES, perhaps before our name was there
+            mapping._reverse_config_mapping[CONFIG] = MODEL_TYPE
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of `TABLES` where the other finders do, fills them once they have run, and finds `ALIAS`."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name == ALIAS:
+            return importlib.util.spec_from_loader(name, _AliasLoader())
+        if name not in TABLES:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _fill_tables(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this instance, for one module
+        return spec
+
+
+class _AliasLoader(importlib.abc.Loader):
+    def exec_module(self, module: ModuleType) -> None:
+        from unfused.nn import audio_model
+
+        module.__dict__.update({name: getattr(audio_model, name) for name in audio_model.__all__})
