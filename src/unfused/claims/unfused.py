@@ -47,7 +47,8 @@ def claim(lab: Lab) -> list[Verdict]:
 
 def _verdicts(lab: Lab, world: str, held_out: list[str], group: str | None = None) -> list[Verdict]:
     """Both arms, unseen group; and what a folder's owner has, the held-out clips unlabelled in the pool."""
-    new, known = ({}, {})
+    new: dict[str, dict[str, list[float]]] = {}
+    known: dict[str, dict[str, list[float]]] = {}
     for test in held_out:
         for name, value in _accuracies(lab, world, test, group, INDUCTIVE, inductive=True).items():
             new.setdefault(name, {})[test] = value
@@ -76,9 +77,7 @@ def _verdicts(lab: Lab, world: str, held_out: list[str], group: str | None = Non
                 method=new[arm],
                 baselines=baselines,
                 rule=RULE,
-                holds=all(
-                    gains[name].interval is not None and gains[name].interval[0] > 0 for name in JUDGED
-                ),
+                holds=all(_above_zero(gains[name]) for name in JUDGED),
                 world=f"{world}, held-out group unseen, 5 labels a class",
                 name=arm,
                 ablations=tables if arm == "unfused-propagate" else None,
@@ -90,6 +89,10 @@ def _verdicts(lab: Lab, world: str, held_out: list[str], group: str | None = Non
             )
         )
     return verdicts
+
+
+def _above_zero(gain: Any) -> bool:
+    return gain.interval is not None and gain.interval[0] > 0
 
 
 def _accuracies(

@@ -74,7 +74,9 @@ class FineTune(nn.Module):
         self.head = nn.Linear(encoder.embedding_dim, num_classes)  # type: ignore[arg-type]
         self.label_smoothing = label_smoothing
 
-    def forward(self, input_values: torch.Tensor, labels: torch.Tensor | None = None) -> FineTuneOutput:
+    def forward(
+        self, input_values: torch.Tensor, labels: torch.Tensor | None = None, **inputs: torch.Tensor
+    ) -> FineTuneOutput:
         """Logits, and the loss where labels are given.
 
         Parameters
@@ -82,14 +84,16 @@ class FineTune(nn.Module):
         input_values : tensor of shape (batch, channels, height, width)
         labels : int tensor of shape (batch,), or float tensor of shape (batch, num_classes), optional
             Class ids, or distributions whose rows sum to 1.
+        **inputs
+            What else `encoder.embed` takes, an attention mask say.
         """
         if self.training and self.augment is not None:
             input_values = self.augment(input_values)
-        logits = self.head(self.dropout(self.embed(input_values)))
+        logits = self.head(self.dropout(self.embed(input_values, **inputs)))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         return FineTuneOutput(loss=loss, logits=logits)
 
-    def embed(self, input_values: torch.Tensor) -> torch.Tensor:
-        return self.encoder.embed(input_values)  # type: ignore[operator]
+    def embed(self, input_values: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.encoder.embed(input_values, **inputs)  # type: ignore[operator]

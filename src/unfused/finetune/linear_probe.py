@@ -49,8 +49,8 @@ class LinearProbe(FineTune):
         return self
 
     @torch.no_grad()
-    def embed(self, input_values: torch.Tensor) -> torch.Tensor:
-        return super().embed(input_values)
+    def embed(self, input_values: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        return super().embed(input_values, **inputs)
 
 
 def fit_linear_probe(features: Any, labels: Any, seed: int = 0, groups: Any = None) -> Pipeline:

@@ -149,7 +149,7 @@ class AudioNTT(nn.Module):
         """Frames (batch, T, dim) and the cepstra of the 8 input frames under each: (batch, T, frame_dim)."""
         batch, count, _ = frames.shape
         with torch.autocast(spectrum.device.type, enabled=False):
-            cepstra = self.dct @ spectrum[:, 0, :, : 8 * count].float()  # (batch, cepstra, 8 T)
+            cepstra = self.get_buffer("dct") @ spectrum[:, 0, :, : 8 * count].float()  # (batch, cepstra, 8 T)
             cepstra = cepstra.unflatten(2, (count, 8)).permute(0, 1, 3, 2).flatten(1, 2)  # (batch, 8 cepstra, T)
             cepstra = self.cepstra_norm(cepstra).transpose(1, 2)
         if self.training:
@@ -217,7 +217,7 @@ class _UnfusedAudioPreTrainedModel(PreTrainedModel):
     config_class = UnfusedAudioConfig
     base_model_prefix = "unfused_audio"
     main_input_name = "input_values"
-    input_modalities = ("audio",)
+    input_modalities = ("audio",)  # type: ignore[assignment]
     _no_split_modules = ["AudioNTT"]
 
     @torch.no_grad()
@@ -226,7 +226,8 @@ class _UnfusedAudioPreTrainedModel(PreTrainedModel):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             bound = 1 / math.sqrt(module.weight[0].numel())
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
         else:
             super()._init_weights(module)
 
@@ -328,7 +329,7 @@ class UnfusedAudioForClassification(_UnfusedAudioPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.encoder = config.encoder()
-        self.classifier = nn.Linear(self.encoder.embedding_dim, config.num_labels)
+        self.classifier = nn.Linear(self.encoder.embedding_dim, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
     @can_return_tuple
@@ -454,7 +455,7 @@ class UnfusedFeatureExtractor(SequenceFeatureExtractor):
         front_end = self.front_end
         windows = [x.numpy() for x in fit_frames_many(log_mel_many(clips, front_end), front_end)]
         width = max((len(x) for x in windows), default=0)
-        values = np.zeros((len(windows), width, self.n_mels, self.frames), np.float32)
+        values = np.zeros((len(windows), width, front_end.n_mels, front_end.frames), np.float32)
         mask = np.zeros((len(windows), width), np.int64)
         for i, x in enumerate(windows):
             values[i, : len(x)], mask[i, : len(x)] = x, 1

@@ -6,7 +6,7 @@ sees no label (teacher, features, clusters, the literal student) is computed onc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,19 +42,34 @@ class Bench:
     pool: np.ndarray
     test: np.ndarray
     classes: list[str]
-    groups: np.ndarray | None
+    groups: Any  # (n_clips,) array of names, or None
     truth: np.ndarray
     steps: dict[str, int]
     seed: int
     teacher: Callable[[], Any] | None = None
-    features: np.ndarray | None = None
-    literal_student: Callable[[], Any] | None = None
+    features: Any = None  # (n_clips, d) of the teacher
+    literal_student: Callable[[], Any] = lambda: None
     fit: Callable[..., Any] = lambda *args, **kwargs: None
     cache: dict[str, Any] = field(default_factory=dict)
 
     def augment(self) -> Any:
         """A new augmentation with no memory of earlier batches."""
         return self.modality.augment(self.inputs.normaliser)
+
+    def waveforms(self, rows: np.ndarray, sampling_rate: int, chunk: int = 16) -> Iterator[list[np.ndarray]]:
+        """The recordings themselves, decoded anew in chunks: for encoders with a front end of their own."""
+        from unfused.data.audio import decode
+
+        if self.modality.name != "audio":
+            raise ValueError(
+                "teacher: a transformers encoder can only teach recordings; give an objective's name"
+            )
+        manifest = self.corpus.manifest
+        for start in range(0, len(rows), chunk):
+            yield [
+                decode(manifest.root / manifest.paths[row], sampling_rate)
+                for row in rows[start : start + chunk]
+            ]
 
     @property
     def classic_input(self) -> Any:
@@ -269,7 +284,59 @@ def _recovered(view: np.ndarray, labels: np.ndarray, num_classes: int, seed: int
 
 def fine_tune(bench: Bench, draw: Draw, folder: Path) -> Outcome:
     """The baseline that the paper argues against: the self-supervised encoder itself, fine-tuned."""
+    if bench.teacher is None:
+        return _fine_tune_foreign(bench, draw, folder)
     return _supervised(bench, draw, bench.teacher(), folder, bench.steps["supervised"], lr=1e-3)
+
+
+def _fine_tune_foreign(bench: Bench, draw: Draw, folder: Path) -> Outcome:
+    """The same for a transformers encoder, on the waveforms that its own feature extractor takes."""
+    from unfused.finetune.fine_tune import FineTune
+    from unfused.nn.encoders import load_teacher
+
+    torch.manual_seed(draw.seed)
+    teacher = load_teacher(bench.cache["teacher"])
+    objective = FineTune(teacher, len(bench.classes), label_smoothing=LABEL_SMOOTHING)
+    rows = np.flatnonzero(draw.visible)
+    waveforms = next(bench.waveforms(rows, teacher.sampling_rate, len(rows)))
+    data = WaveformDataset(teacher, waveforms, draw.labels[rows])
+    steps = bench.steps["supervised"]
+    result = bench.fit(
+        objective,
+        data,
+        output_dir=folder,
+        steps=steps,
+        lr=5e-5,
+        batch_size=min(16, len(rows)),
+        seed=draw.seed,
+    )
+    blocks = []
+    for chunk in bench.waveforms(np.arange(len(bench.corpus)), teacher.sampling_rate):
+        embedded = torch.from_numpy(teacher.embed_waveforms(chunk))
+        with torch.inference_mode():
+            blocks.append(objective.head(embedded).softmax(-1).numpy())
+    parameters = sum(p.numel() for p in objective.parameters())
+    return Outcome(
+        np.concatenate(blocks),
+        parameters=parameters,
+        peak_mib=result.peak_mib,
+        curves={"fine-tune": result.history},
+    )
+
+
+class WaveformDataset(ArrayDataset):
+    """Labelled waveforms, cut at `seconds`, as batches of a transformers encoder's own inputs."""
+
+    def __init__(
+        self, teacher: Any, waveforms: list[np.ndarray], labels: np.ndarray, seconds: float = 5.0
+    ) -> None:
+        super().__init__(labels=torch.from_numpy(labels))
+        longest, shortest = int(seconds * teacher.sampling_rate), teacher.sampling_rate // 10
+        self.teacher = teacher
+        self.waveforms = [np.pad(w[:longest], (0, max(0, shortest - len(w)))) for w in waveforms]
+
+    def __getitems__(self, indices: Any) -> dict[str, Any]:
+        return super().__getitems__(indices) | self.teacher.prepare([self.waveforms[i] for i in indices])
 
 
 def scratch(bench: Bench, draw: Draw, folder: Path) -> Outcome:

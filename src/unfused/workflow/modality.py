@@ -212,9 +212,9 @@ class Image:
     name = "image"
     task = "image-classification"
 
-    def __init__(self, width: int = 32, size: int | None = None) -> None:
+    def __init__(self, width: int = 32, size: int = 0) -> None:
         self.width = width
-        self.size = size
+        self.size = size  # 0: chosen from the files
 
     def settings(self) -> dict[str, Any]:
         return {"modality": self.name, "size": self.size, "encoder": repr(self.encoder())}
@@ -224,7 +224,7 @@ class Image:
     ) -> Corpus:
         from unfused.data.features import read_images
 
-        if self.size is None:
+        if not self.size:
             self.size = choose_size(manifest)
         found = read_images(manifest, self.size, cache, quarantine, progress=progress)
         return _corpus(manifest, found, f"picture-{self.size}")
@@ -263,7 +263,7 @@ class Image:
     def classic_features(self, corpus: Corpus) -> np.ndarray:
         from unfused.finetune.classic import descriptors
 
-        return descriptors(self.classic_input(corpus))
+        return descriptors(self.classic_input(corpus))  # type: ignore[arg-type]
 
     def classifier(self, encoder: Any, head: Any, classes: list[str]) -> Any:
         model = encoder.to_classifier(len(classes), dict(enumerate(classes)))
@@ -306,7 +306,7 @@ def choose_front_end(manifest: Manifest, sample: int = 200) -> Any:
 
     from unfused.nn.log_mel import FrontEnd
 
-    chosen = np.unique(np.linspace(0, len(manifest.paths) - 1, sample).astype(int)) if manifest.paths else []
+    chosen: Any = np.unique(np.linspace(0, len(manifest.paths) - 1, sample).astype(int)) if manifest.paths else []
     durations, rates = [], []
     for index in chosen:
         try:

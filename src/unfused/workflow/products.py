@@ -41,7 +41,7 @@ def write_products(
         "stages": {result.name: _stage(result) for result in run.results},
         "data": _data(settings, bench, draws, facts),
     }
-    first = next(iter(outcomes), None)
+    first = next(iter(outcomes), "")
     probabilities = None
     if draws:
         probabilities = np.load(outcomes[first][0]["folder"] / "probabilities.npy")
@@ -89,7 +89,7 @@ def _score(bench: Bench, outcome: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def mean_and_interval(values: list[float], right: np.ndarray | None = None, seed: int = 0) -> dict[str, Any]:
+def mean_and_interval(values: list[float], right: Any = None, seed: int = 0) -> dict[str, Any]:
     """Mean and 95 % interval: Student's t over repetitions; for a single one, a bootstrap over the held-out clips."""
     if len(values) > 1:
         from scipy import stats
@@ -319,7 +319,7 @@ def _report_data(
         for name, row in metrics["methods"].items()
         if row["accuracy"]["mean"] is not None
     }
-    first = next(iter(scores), None)
+    first = next(iter(scores), "")
     evaluated = bool(first and scores[first] and scores[first][0]["accuracy"] is not None)
     return ReportData(
         title=settings.name,

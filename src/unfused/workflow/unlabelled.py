@@ -100,19 +100,12 @@ def _queue_size(items: int, batch: int) -> int:
 
 def _external_features(bench: Bench, teacher: str) -> tuple[np.ndarray, int]:
     """Clip features of a transformers encoder; the files are decoded again, since it has a front end of its own."""
-    from unfused.data.audio import decode
     from unfused.nn.encoders import load_teacher
 
-    if bench.modality.name != "audio":
-        raise ValueError(f"teacher={teacher!r}: for pictures give one of {', '.join(TEACHERS)}")
     model = load_teacher(teacher)
-    manifest, blocks, chunk = bench.corpus.manifest, [], 16
-    for start in range(0, len(manifest.paths), chunk):
-        waves = [
-            decode(manifest.root / p, model.sampling_rate) for p in manifest.paths[start : start + chunk]
-        ]
-        blocks.append(model.embed_waveforms(waves))
-    return np.concatenate(blocks).astype(np.float32), sum(p.numel() for p in model.parameters())
+    chunks = bench.waveforms(np.arange(len(bench.corpus)), model.sampling_rate)
+    features = np.concatenate([model.embed_waveforms(chunk) for chunk in chunks])
+    return features.astype(np.float32), sum(p.numel() for p in model.parameters())
 
 
 def attach_teacher(bench: Bench, teacher: str, folder: Path) -> None:
@@ -188,7 +181,8 @@ def _agreed_number(
             np.add.at(sums, index, embedded)
             copies.append(sums / np.bincount(index)[:, None])
     named = None if bench.groups is None else bench.groups[clips]
-    count, table = choose_num_clusters(*copies, candidates=candidates, groups=named, seed=bench.seed)
+    first, second = copies
+    count, table = choose_num_clusters(first, second, candidates, groups=named, seed=bench.seed)
     return count, table
 
 
