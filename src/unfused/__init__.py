@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from unfused._lazy import lazy_exports
+from unfused.nn.register import install_hook
 
 __version__ = "0.1.0"
 
@@ -14,3 +15,5 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "methods": "unfused.catalog",
     },
 )
+
+install_hook()
