@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "FitResult": "unfused.train.engine",
         "PeakMemory": "unfused.train.memory",
         "StageProgress": "unfused.train.progress",
+        "collate": "unfused.train.data",
         "fit": "unfused.train.engine",
         "supports_bf16": "unfused.train.engine",
     },

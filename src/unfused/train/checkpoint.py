@@ -96,9 +96,10 @@ def unpack_optimizer(
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**rest["state"], **tensors}.items():
         index, name = key.split(".", 1)
-        if isinstance(value, torch.Tensor) and value.shape == parameters[int(index)].shape:
+        if isinstance(value, torch.Tensor):  # a copy, as `load_file` may give views of the file
             # In the parameter's memory layout (channels_last): fused kernels read both in storage order.
-            value = torch.empty_like(parameters[int(index)], dtype=value.dtype).copy_(value)
+            like = parameters[int(index)] if value.shape == parameters[int(index)].shape else value
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
     groups = [
         {**now, **{k: tuple(v) if isinstance(now.get(k), tuple) else v for k, v in saved.items()}}

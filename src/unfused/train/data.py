@@ -15,6 +15,9 @@ Sampler = Callable[[int, torch.Generator], torch.Tensor]
 class ArrayDataset(Dataset):
     """Columns of equal length; a batch is fetched with one indexing operation per column.
 
+    A `transformers.Trainer` takes it with `data_collator=unfused.train.collate` and
+    `remove_unused_columns=False`.
+
     Parameters
     ----------
     **columns : tensor, array or memory map, each of shape (n, ...)
