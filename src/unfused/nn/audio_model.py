@@ -85,6 +85,8 @@ class AudioNTT(nn.Module):
     torch.Size([2, 2048])
     """
 
+    dct: torch.Tensor
+
     def __init__(
         self,
         n_mels: int = 64,
@@ -112,7 +114,11 @@ class AudioNTT(nn.Module):
         )
         self.block_dims = [width * (n_mels // 2**depth) for depth in (1, 2, 3)]
         self.mlp = nn.Sequential(
-            nn.Linear(self.block_dims[-1], dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(dim, dim), nn.ReLU()
+            nn.Linear(self.block_dims[-1], dim),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(dim, dim),
+            nn.ReLU(),
         )
         self.cepstra = cepstra
         if cepstra:
@@ -136,7 +142,9 @@ class AudioNTT(nn.Module):
             Per block, channel and mel bin flattened, mean over time: (batch, block_dims[i]).
         """
         if x.ndim != 4 or x.shape[1] != 1 or x.shape[2] != self.n_mels or x.shape[3] < 8:
-            raise ValueError(f"input of shape {tuple(x.shape)}: give (batch, 1, {self.n_mels}, T) with T >= 8")
+            raise ValueError(
+                f"input of shape {tuple(x.shape)}: give (batch, 1, {self.n_mels}, T) with T >= 8"
+            )
         features, spectrum = [], x
         for block in self.blocks:
             x = block(x)  # (batch, width, mels, time)
@@ -149,8 +157,10 @@ class AudioNTT(nn.Module):
         """Frames (batch, T, dim) and the cepstra of the 8 input frames under each: (batch, T, frame_dim)."""
         batch, count, _ = frames.shape
         with torch.autocast(spectrum.device.type, enabled=False):
-            cepstra = self.get_buffer("dct") @ spectrum[:, 0, :, : 8 * count].float()  # (batch, cepstra, 8 T)
-            cepstra = cepstra.unflatten(2, (count, 8)).permute(0, 1, 3, 2).flatten(1, 2)  # (batch, 8 cepstra, T)
+            cepstra = self.dct @ spectrum[:, 0, :, : 8 * count].to(self.dct.dtype)  # (batch, cepstra, 8 T)
+            cepstra = (
+                cepstra.unflatten(2, (count, 8)).permute(0, 1, 3, 2).flatten(1, 2)
+            )  # (batch, 8 cepstra, T)
             cepstra = self.cepstra_norm(cepstra).transpose(1, 2)
         if self.training:
             draw = torch.rand(batch, 1, 1, device=frames.device)
@@ -301,7 +311,9 @@ class UnfusedAudioModel(_UnfusedAudioPreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden.flatten(1, 2),
             pooler_output=_mean_of_windows(self.encoder.pool(frames), mask),
-            hidden_states=tuple(_mean_of_windows(block, mask) for block in blocks) if output_hidden_states else None,
+            hidden_states=tuple(_mean_of_windows(block, mask) for block in blocks)
+            if output_hidden_states
+            else None,
         )
 
 
@@ -370,7 +382,9 @@ class UnfusedAudioForClassification(_UnfusedAudioPreTrainedModel):
         return SequenceClassifierOutput(
             loss=None if labels is None else F.cross_entropy(logits, labels),
             logits=logits,
-            hidden_states=tuple(_mean_of_windows(block, mask) for block in blocks) if output_hidden_states else None,
+            hidden_states=tuple(_mean_of_windows(block, mask) for block in blocks)
+            if output_hidden_states
+            else None,
         )
 
 
@@ -431,6 +445,8 @@ class UnfusedFeatureExtractor(SequenceFeatureExtractor):
         sampling_rate : int, optional
             The rate of `raw_speech` in Hz; given, it is checked.
         return_tensors : {"pt", "np"}, optional
+        **kwargs
+            Ignored: options of other extractors, such as `padding`; here windows are always padded to the longest clip's.
 
         Returns
         -------

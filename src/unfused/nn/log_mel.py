@@ -22,7 +22,17 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-__all__ = ["FrontEnd", "fit_frames", "fit_frames_many", "log_mel", "log_mel_many", "mel_filters", "num_windows", "prepare", "trim"]
+__all__ = [
+    "FrontEnd",
+    "fit_frames",
+    "fit_frames_many",
+    "log_mel",
+    "log_mel_many",
+    "mel_filters",
+    "num_windows",
+    "prepare",
+    "trim",
+]
 
 TARGET_RMS = 0.1
 BLOCK_FRAMES = 256  # transformed at once on a CPU: large enough for the kernels, small enough for the cache
@@ -96,8 +106,8 @@ class FrontEnd:
             value = getattr(self, name)
             if value != int(value) or value < 1:
                 raise ValueError(f"{name}={value!r}: give a whole number, 1 or more")
-            object.__setattr__(self, name, int(value))  # plain numbers: 50 and 50.0 must be one cache key, and JSON
-        for name in ("f_min", "f_max", "eps", "mean", "std", "trim_db"):
+            object.__setattr__(self, name, int(value))
+        for name in ("f_min", "f_max", "eps", "mean", "std", "trim_db"):  # 50 and 50.0 must be one cache key
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
         if self.n_fft % 2:
@@ -119,8 +129,8 @@ class FrontEnd:
     @property
     def cache_key(self) -> str:
         """Name of the settings that decide a whole clip's log-mel, for a feature cache."""
-        after = {"frames", "fit", "level", "mean", "std"}  # applied to the cached log-mel, each time it is used
-        fields = {name: value for name, value in self.to_dict().items() if name not in after}
+        later = {"frames", "fit", "level", "mean", "std"}  # applied to what comes from the cache
+        fields = {name: value for name, value in self.to_dict().items() if name not in later}
         text = json.dumps({"version": 1} | fields, sort_keys=True)
         return "log-mel-" + hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -145,9 +155,8 @@ def mel_filters(front_end: FrontEnd) -> np.ndarray:
     numpy.ndarray of shape (n_mels, 1 + n_fft // 2), float32
         Read-only: it is shared by all callers.
     """
-    return _mel_filters(
-        front_end.sampling_rate, front_end.n_fft, front_end.n_mels, float(front_end.f_min), float(front_end.f_max)
-    )
+    f = front_end
+    return _mel_filters(f.sampling_rate, f.n_fft, f.n_mels, f.f_min, f.f_max)
 
 
 @lru_cache(maxsize=32)
@@ -308,12 +317,13 @@ def log_mel_many(waveforms: Sequence[Any], front_end: FrontEnd) -> list[torch.Te
     hop, half = front_end.hop_length, front_end.n_fft // 2
     results: list[torch.Tensor] = []
     for clips in _tapefuls(waveforms, front_end):
-        starts = np.cumsum([0] + [_slots(len(clip), front_end) for clip in clips])  # in frames
-        tape = np.zeros(_tape_length(int(starts[-1]), front_end, torch.device("cpu")), np.float32)
-        for start, clip in zip(starts, clips):
+        *starts, end = np.cumsum([0] + [_slots(len(clip), front_end) for clip in clips]).tolist()  # in frames
+        tape = np.zeros(_tape_length(end, front_end, torch.device("cpu")), np.float32)
+        for start, clip in zip(starts, clips, strict=True):
             tape[half + start * hop :][: len(clip)] = clip
         rows = _log_mel_of_tape(torch.from_numpy(tape), front_end)
-        results += [rows[k : k + 1 + len(clip) // hop].T.contiguous() for k, clip in zip(starts, clips)]
+        for start, clip in zip(starts, clips, strict=True):
+            results.append(rows[start : start + 1 + len(clip) // hop].T.contiguous())
     return results
 
 
@@ -356,7 +366,8 @@ def _log_mel_of_tape(tape: torch.Tensor, front_end: FrontEnd) -> torch.Tensor:
     rows = tape.new_empty(len(frames), front_end.n_mels)
     for start in range(0, len(frames), block):
         spectrum = torch.fft.rfft(frames[start : start + block] * window)
-        real, imaginary = torch.view_as_real(spectrum).square_().unbind(-1)  # several times as fast as spectrum.abs()
+        # several times as fast as spectrum.abs().square()
+        real, imaginary = torch.view_as_real(spectrum).square_().unbind(-1)
         power = real + imaginary  # (block, bins)
         for bins, mels, weights in bands:
             torch.mm(power[:, bins], weights, out=rows[start : start + block, mels])
@@ -434,6 +445,6 @@ def fit_frames_many(log_mels: Sequence[Any], front_end: FrontEnd) -> list[torch.
     results: list[Any] = [None] * len(log_mels)
     for indices in by_length.values():
         batch = torch.from_numpy(np.stack([np.asarray(log_mels[i], np.float32) for i in indices]))
-        for i, x in zip(indices, fit_frames(batch, front_end)):
+        for i, x in zip(indices, fit_frames(batch, front_end), strict=True):
             results[i] = x
     return results

@@ -24,7 +24,9 @@ MODEL_TYPE, CONFIG = "unfused-audio", "UnfusedAudioConfig"
 ALIAS = "transformers.models.unfused_audio"
 TABLES = {
     "transformers.models.auto.configuration_auto": {"CONFIG_MAPPING": CONFIG},
-    "transformers.models.auto.feature_extraction_auto": {"FEATURE_EXTRACTOR_MAPPING": "UnfusedFeatureExtractor"},
+    "transformers.models.auto.feature_extraction_auto": {
+        "FEATURE_EXTRACTOR_MAPPING": "UnfusedFeatureExtractor"
+    },
     "transformers.models.auto.modeling_auto": {
         "MODEL_MAPPING": "UnfusedAudioModel",
         "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING": "UnfusedAudioForClassification",
