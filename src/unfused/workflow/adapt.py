@@ -7,9 +7,7 @@ Reference: UNFUSED: UNsupervised Finetuning Using SElf supervised Distillation, 
 
 from __future__ import annotations
 
-import csv
 import os
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -19,13 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from unfused.data.files import Quarantine, printable, read_json, write_csv
+from unfused.data.files import Quarantine, digest, printable, read_json
+from unfused.data.manifest import Manifest
 from unfused.workflow.arms import Bench, Draw, Outcome
 from unfused.workflow.modality import Audio, Corpus, Image, Inputs, Modality
 from unfused.workflow.run_folder import RunFolder
 from unfused.workflow.settings import TEACHERS, Settings
 
 __all__ = ["Run", "adapt"]
+
+HELD_OUT = frozenset("test testing val valid validation dev eval evaluation".split())  # as splits of the data
 
 
 @dataclass
@@ -56,6 +57,10 @@ class Run:
             from unfused.workflow.predict import AdaptedModel
 
             if not (self.path / "model" / "config.json").exists():
+                if self.metrics["methods"]:
+                    raise ValueError(
+                        f"{self.path} holds no model: none of {self.settings.method} is a network of ours"
+                    )
                 raise ValueError(
                     f"{self.path} holds no model yet: it had no labels. Fill in {self.path / 'to_label.csv'} and run again"
                 )
@@ -94,9 +99,9 @@ def adapt(
         Folder of run folders.
     modality : {"auto", "audio", "image"}
     method : str or sequence of str, default="unfused,classic"
-        Methods to compare; the first one's model is kept. `unfused`, `unfused-literal`, `unfused-propagate`,
-        `fine-tune`, `linear-probe`, `scratch`, `classic`, and `ceiling` (the student trained on all true labels of the
-        training clips, a bound and not a method).
+        Methods to compare; the model of the first one that is a network of ours is kept. `unfused`, `unfused-literal`,
+        `unfused-propagate`, `fine-tune`, `linear-probe`, `scratch`, `classic`, and `ceiling` (the student trained on all
+        true labels of the training clips, a bound and not a method).
     teacher : str, default="contrastive"
         Self-supervised objective (`contrastive`, `decar`, `delores-s`, `delores-m`, `slicer`; `random`: none), or the
         path or hub id of any transformers audio encoder.
@@ -150,23 +155,24 @@ def adapt(
     from unfused.workflow.report import ReportData
 
     settings = _settings(source, labels, options)
-    begin = time.perf_counter()
     console = Console(progress)
     path = Path(settings.output) / settings.name
     with _sole_user(path, settings):
         quarantine = Quarantine()
         run = RunFolder(path, console.stage)
         modality, corpus, groups = _read(settings, path, quarantine, cache, console)
-        labels_known = _labels(corpus, path)
+        labels_known = _labels(corpus, run)
         classes = sorted({label for label in labels_known if label is not None})
         truth = np.array([classes.index(x) if x is not None else -1 for x in labels_known])
         test = _held_out(settings, corpus, labels_known, truth)
         pool = ~test if settings.inductive else np.ones(len(corpus), bool)
-        _check(settings, corpus, truth, test, classes)
+        _check(settings, replace(corpus.manifest, labels=labels_known), truth, test)
         facts = summary_facts(
             modality.name, corpus, groups, labels_known, classes, test & (truth >= 0), quarantine
         )
         console.summary(ReportData(settings.name, summary=facts, quarantine=quarantine.rows))
+        for note in corpus.manifest.notes:
+            console.say(f"  {note}")
         bench = _prepare(settings, run, modality, corpus, groups, truth, classes, pool, test, console)
         draws = _draws(settings, truth, test, classes)
         outcomes = _compare(settings, run, bench, draws, console)
@@ -179,7 +185,6 @@ def adapt(
             labels=labels_known,
             quarantine=quarantine,
             facts=facts,
-            seconds=time.perf_counter() - begin,
             console=console,
         )
     return Run(path, metrics, queue, settings)
@@ -203,12 +208,6 @@ def _settings(source: Any, labels: Any, options: dict[str, Any]) -> Settings:
         base["source"] = os.fspath(source)
     if labels is not None:
         base["labels"] = os.fspath(labels)
-    if "clusters" in given:
-        given["clusters"] = str(given["clusters"])
-    if "test" in given:
-        given["test"] = str(given["test"])
-    if not isinstance(given.get("method", ""), str):
-        given["method"] = tuple(given["method"])
     base.setdefault("name", _name_of(base["source"]))
     unknown = sorted(set(given) - set(Settings.__dataclass_fields__))
     if unknown:
@@ -251,6 +250,8 @@ def _sole_user(path: Path, settings: Settings):
                     raise ValueError(
                         f"name={settings.name!r}: another process is working in {path}; wait for it"
                     ) from None
+                except OSError:  # a file system without locks
+                    pass
             settings.write(config)
             yield
         finally:
@@ -291,7 +292,7 @@ def _read(
         for skipped, kept in zip(manifest.paths, keep, strict=True):
             if not kept:
                 quarantine.add(skipped, f"not {kind}: most files of this folder are; see modality")
-        manifest = manifest.select(keep)
+        manifest = manifest.select(np.array(keep))
     modality: Modality = Image(settings.width) if kind == "image" else Audio(settings.width)
     folder = Path(cache or os.environ.get("UNFUSED_CACHE") or Path.home() / ".cache" / "unfused")
     corpus = modality.read(
@@ -314,24 +315,14 @@ def _read(
     return modality, corpus, named
 
 
-def _labels(corpus: Corpus, path: Path) -> list[str | None]:
+def _labels(corpus: Corpus, run: RunFolder) -> list[str | None]:
     """Labels of the source, and what a person has filled in into an earlier run's `to_label.csv`."""
-    kept = path / "labels.csv"
-    answers: dict[str, str] = {}
-    for file in (kept, path / "to_label.csv"):
-        if file.exists():
-            with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-                for row in csv.DictReader(handle):
-                    if row.get("label") and row["label"].strip():
-                        answers[row.get("path", "")] = row["label"].strip()
-    if answers:
-        # kept beside the run before `to_label.csv` is written anew: an answer is never lost
-        write_csv(kept, ("path", "label"), sorted(answers.items()))
-    known = set(corpus.manifest.paths)
-    lost = [p for p in answers if p not in known]
+    answers = run.collect_answers()
+    lost = sorted(set(answers) - set(corpus.manifest.paths))
     if lost:
         warnings.warn(
-            f"{len(lost)} labelled files of {kept} are gone or set aside, first {printable(lost[0])}",
+            f"{len(lost)} labelled files of {run.path / 'labels.csv'} are gone or set aside, "
+            f"first {printable(lost[0])}",
             stacklevel=3,
         )
     return [
@@ -342,45 +333,48 @@ def _labels(corpus: Corpus, path: Path) -> list[str | None]:
 def _held_out(settings: Settings, corpus: Corpus, labels: list[str | None], truth: np.ndarray) -> np.ndarray:
     from unfused.data.splits import hold_out
 
-    test = settings.test
-    if test is None:
-        declared = [
-            s is not None and s.lower() in ("test", "val", "valid", "validation", "dev")
-            for s in corpus.manifest.split
-        ]
-        if any(declared):
-            return np.array(declared)
-        counts = np.bincount(truth[truth >= 0]) if (truth >= 0).any() else np.zeros(1, int)
-        if counts.min() < 5:
-            return np.zeros(len(corpus), bool)
-        test = "0.2"
-    return hold_out(replace(corpus.manifest, labels=labels), test, settings.seed)
+    manifest = replace(corpus.manifest, labels=labels)
+    if settings.test is not None:
+        return hold_out(manifest, settings.test, settings.seed)
+    declared = sorted({name for name in manifest.split if name is not None and name.lower() in HELD_OUT})
+    nothing = np.zeros(len(corpus), bool)
+    if declared:
+        test = np.array([name in declared for name in manifest.split])
+        crossing = {manifest.groups[row] for row in np.flatnonzero(test)} - {None}
+        crossing &= {manifest.groups[row] for row in np.flatnonzero(~test)}
+        if crossing:
+            raise ValueError(
+                f"group={settings.group!r}: the split that comes with the data divides {len(crossing)} groups, such as "
+                f"{sorted(map(str, crossing))[0]!r}; give test=FRACTION or test=GROUP=VALUE"
+            )
+        return test
+    counts = np.bincount(truth[truth >= 0]) if (truth >= 0).any() else nothing[:1]
+    if counts.min() < 5:
+        return nothing
+    try:
+        return hold_out(manifest, "0.2", settings.seed)
+    except ValueError as error:  # nobody has asked for a test set
+        warnings.warn(f"nothing is held out, and accuracy will not be known: {error}", stacklevel=3)
+        return nothing
 
 
-def _check(
-    settings: Settings, corpus: Corpus, truth: np.ndarray, test: np.ndarray, classes: list[str]
-) -> None:
+def _check(settings: Settings, manifest: Manifest, truth: np.ndarray, test: np.ndarray) -> None:
+    from unfused.data.manifest import check_labels
+
+    classes = list(check_labels(manifest))
     known = truth >= 0
-    if len(classes) == 1:
-        raise ValueError(
-            f"labels: all {int(known.sum())} labels are {classes[0]!r}; a classifier needs clips of at least two classes"
-        )
-    if classes and len(missing := set(range(len(classes))) - set(truth[known & ~test])):
+    what = "the split that comes with the data" if settings.test is None else f"test={settings.test!r}"
+    if missing := set(range(len(classes))) - set(truth[known & ~test]):
         names = ", ".join(repr(classes[k]) for k in sorted(missing)[:5])
-        raise ValueError(
-            f"test={settings.test!r} holds out every label of {names}: hold out less, or label more clips of it"
-        )
+        raise ValueError(f"{what} holds out every label of {names}: hold out less, or label more clips of it")
     if settings.labels_per_class is not None and not classes:
         raise ValueError(
             "labels_per_class needs labels to hide some of: give labels, class folders or a label column"
         )
     if test.all():
-        raise ValueError(f"test={settings.test!r} holds out every clip: nothing is left to learn from")
+        raise ValueError(f"{what} holds out every clip: nothing is left to learn from")
     if settings.test is not None and not (test & known).any():
-        warnings.warn(
-            f"test={settings.test!r} holds out no labelled clip: there is nothing to evaluate on",
-            stacklevel=3,
-        )
+        warnings.warn(f"{what} holds out no labelled clip: there is nothing to evaluate on", stacklevel=3)
 
 
 def _draws(settings: Settings, truth: np.ndarray, test: np.ndarray, classes: list[str]) -> list[Draw]:
@@ -452,9 +446,11 @@ def _prepare(
         seed=settings.seed,
         fit=console.fit,
     )
-    pretrain = {"on": window_stage.key, "teacher": settings.teacher}
+    pretrain: dict[str, Any] = {"on": window_stage.key, "teacher": settings.teacher}
     if settings.teacher in TEACHERS:
         pretrain["steps"] = steps["pretrain"]
+    elif os.path.isdir(settings.teacher):
+        pretrain["weights"] = [digest(file) for file in sorted(Path(settings.teacher).glob("*.safetensors"))]
     teacher_stage = run.stage(
         "pretrain", pretrain, lambda folder: unlabelled.pretrain(bench, settings.teacher, folder)
     )
@@ -488,34 +484,39 @@ def _compare(
     """Every method on every draw; a stage each, so that a kill loses at most the steps since the last checkpoint."""
     from unfused.workflow import arms
 
-    table = {
-        "unfused": arms.unfused_propagate if settings.propagate else arms.unfused_literal,
-        "unfused-literal": arms.unfused_literal,
-        "unfused-propagate": arms.unfused_propagate,
-        "fine-tune": arms.fine_tune,
-        "linear-probe": arms.linear_probe,
-        "scratch": arms.scratch,
-        "classic": arms.classic,
-        "ceiling": arms.ceiling,
+    propagated, literal = (arms.unfused_propagate, "pretrain"), (arms.unfused_literal, "distil")
+    table = {  # and the last of the stages above that its result depends on
+        "unfused": propagated if settings.propagate else literal,
+        "unfused-literal": literal,
+        "unfused-propagate": propagated,
+        "fine-tune": (arms.fine_tune, "pretrain"),
+        "linear-probe": (arms.linear_probe, "pretrain"),
+        "scratch": (arms.scratch, "windows"),
+        "classic": (arms.classic, "windows"),
+        "ceiling": (arms.ceiling, "windows"),
     }
-    unlabelled_keys = {result.name: result.key for result in run.results}
+    stage_keys = {result.name: result.key for result in run.results}
     outcomes: dict[str, list[dict[str, Any]]] = {}
-    for method in settings.method:
+    for method in settings.method if draws else ():
+        arm, needed = table[method]
         outcomes[method] = []
         for draw in draws:
             key = {
-                "method": table[method].__name__,
+                "method": arm.__name__,
                 "seed": draw.seed,
                 "labels": draw.labels.tolist(),
                 "classes": bench.classes,
-                "steps": bench.steps,
-                "on": unlabelled_keys,
+                "steps": {name: count for name, count in bench.steps.items() if name != "pretrain"},
+                "on": stage_keys[needed],
             }
-            if method == "ceiling":
-                key["truth"] = bench.truth.tolist()
+            if arm in (
+                arms.ceiling,
+                arms.unfused_propagate,
+            ):  # trained on, or measured against, what is hidden
+                key |= {"truth": bench.truth.tolist(), "test": bench.test.tolist()}
 
-            def compute(folder: Path, method: str = method, draw: Draw = draw) -> dict[str, Any]:
-                outcome: Outcome = table[method](bench, draw, folder)
+            def compute(folder: Path, arm: Any = arm, draw: Draw = draw) -> dict[str, Any]:
+                outcome: Outcome = arm(bench, draw, folder)
                 return arms.save_outcome(outcome, folder)
 
             stage = run.stage(f"{method}/{draw.seed}", key, compute)

@@ -50,6 +50,7 @@ class AdaptedModel:
         )
 
         from unfused.nn.register import register
+        from unfused.workflow.progress import no_bars_of_transformers
 
         register()
         path = Path(folder)
@@ -60,11 +61,11 @@ class AdaptedModel:
                 f"model={os.fspath(folder)!r} holds no config.json: give the folder that `unfused adapt` wrote"
             )
         config = AutoConfig.from_pretrained(path)
-        if config.model_type == "unfused-audio":
-            model = AutoModelForAudioClassification.from_pretrained(path)
-            return cls(model, AutoFeatureExtractor.from_pretrained(path), path)
-        model = AutoModelForImageClassification.from_pretrained(path)
-        return cls(model, AutoImageProcessor.from_pretrained(path), path)
+        audio = config.model_type == "unfused-audio"
+        model_class = AutoModelForAudioClassification if audio else AutoModelForImageClassification
+        processor_class = AutoFeatureExtractor if audio else AutoImageProcessor
+        with no_bars_of_transformers():
+            return cls(model_class.from_pretrained(path), processor_class.from_pretrained(path), path)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "model" not in self.__dict__:

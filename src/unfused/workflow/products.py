@@ -13,6 +13,7 @@ import numpy as np
 from unfused.data.files import Quarantine, atomic_write, write_csv, write_json
 from unfused.workflow.arms import Bench, Draw, load_network
 from unfused.workflow.modality import Corpus
+from unfused.workflow.progress import no_bars_of_transformers
 from unfused.workflow.report import ReportData, write_report
 from unfused.workflow.run_folder import RunFolder
 from unfused.workflow.settings import Settings
@@ -30,13 +31,12 @@ def write_products(
     labels: list[str | None],
     quarantine: Quarantine,
     facts: dict[str, Any],
-    seconds: float,
     console: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate and write everything; returns the metrics and the queue of clips to label."""
     scores = {name: [_score(bench, outcome) for outcome in rows] for name, rows in outcomes.items()}
     metrics = {
-        "methods": {name: _method(bench, scores[name], outcomes[name]) for name in outcomes},
+        "methods": {name: _method(scores[name], rows) for name, rows in outcomes.items()},
         "paired": _paired(scores),
         "stages": {result.name: _stage(result) for result in run.results},
         "data": _data(settings, bench, draws, facts),
@@ -48,9 +48,8 @@ def write_products(
     elif "student_probabilities" in bench.cache:
         probabilities = bench.cache["student_probabilities"]
     queue = _queue(settings, bench, labels, probabilities)
-    _write_tables(run.path, bench, labels, probabilities if draws else None, queue)
-    if draws:
-        _write_model(settings, run.path, bench, outcomes[first][0]["folder"], metrics, first)
+    _write_tables(run, bench, labels, probabilities if draws else None, queue)
+    _write_model(settings, run.path, bench, outcomes, metrics)
     write_json(run.path / "metrics.json", metrics)
     data = _report_data(
         settings,
@@ -65,7 +64,6 @@ def write_products(
         queue,
         probabilities,
         facts,
-        seconds,
     )
     write_report(run.path / "report.html", data)
     console.summary(data, run.path)
@@ -103,20 +101,25 @@ def mean_and_interval(values: list[float], right: Any = None, seed: int = 0) -> 
             "interval": [max(floor, mean - half), min(1.0, mean + half)],
             "seeds": list(values),
         }
-    draws = np.random.default_rng(seed).choice(right, (2000, len(right))).mean(1)
+    kinds, counts = np.unique(
+        right, return_counts=True
+    )  # drawn as counts: memory does not grow with the clips
+    draws = (
+        np.random.default_rng(seed).multinomial(len(right), counts / len(right), 2000) @ kinds / len(right)
+    )
     return {"mean": values[0], "interval": np.quantile(draws, [0.025, 0.975]).tolist(), "seeds": list(values)}
 
 
-def _method(bench: Bench, scores: list[dict[str, Any]], outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+def _method(scores: list[dict[str, Any]], outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "seconds": float(np.mean([o["seconds"] for o in outcomes])),
-        "peak_mib": max((o["peak_mib"] for o in outcomes), default=0.0),
-        "parameters": max((o["parameters"] for o in outcomes), default=0),
+        "peak_mib": max(o["peak_mib"] for o in outcomes),
+        "parameters": max(o["parameters"] for o in outcomes),
         "details": [o["details"] for o in outcomes],
     }
     for name in ("accuracy", "balanced_accuracy"):
         values = [s[name] for s in scores]
-        if values and values[0] is not None:
+        if values[0] is not None:
             row[name] = mean_and_interval(values, scores[0]["right"])
         else:
             row[name] = {"mean": None, "interval": None, "seeds": []}
@@ -146,8 +149,7 @@ def _paired(scores: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _stage(result: Any) -> dict[str, Any]:
-    kept = {k: v for k, v in result.info.items() if k not in ("history", "curves", "key", "details")}
-    return {**kept, "reused": result.reused}
+    return {k: v for k, v in result.info.items() if k not in ("history", "curves", "key", "details")}
 
 
 def _data(settings: Settings, bench: Bench, draws: list[Draw], facts: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def _members(clusters: Any) -> list[np.ndarray]:
 
 
 def _write_tables(
-    path: Path,
+    run: RunFolder,
     bench: Bench,
     labels: list[str | None],
     probabilities: np.ndarray | None,
@@ -217,30 +219,38 @@ def _write_tables(
         else:
             cells += ["", ""]
         rows.append(cells)
-    write_csv(path / "pseudo_labels.csv", ("path", "cluster", "label", "predicted", "confidence"), rows)
+    write_csv(run.path / "pseudo_labels.csv", ("path", "cluster", "label", "predicted", "confidence"), rows)
+    answers = run.collect_answers()  # once more: somebody may have been typing while this command ran
     write_csv(
-        path / "to_label.csv",
+        run.path / "to_label.csv",
         ("path", "label", "cluster", "reason"),
-        [(q["path"], "", q["cluster"], q["reason"]) for q in queue],
+        [(q["path"], answers.get(q["path"], ""), q["cluster"], q["reason"]) for q in queue],
     )
 
 
 def _write_model(
-    settings: Settings, path: Path, bench: Bench, outcome: Path, metrics: dict[str, Any], method: str
+    settings: Settings,
+    path: Path,
+    bench: Bench,
+    outcomes: dict[str, list[dict[str, Any]]],
+    metrics: dict[str, Any],
 ) -> None:
-    """The first method's first network in Hugging Face format; written aside and put in place when whole."""
+    """The network of the first method that is one, in Hugging Face format; written aside and put in place when whole."""
     import os
     import shutil
 
     from unfused.workflow.model_card import model_card
 
-    network = load_network(bench, outcome)
-    if network is None:  # `classic` or `linear-probe` came first: they are not networks
-        return
-    model = bench.modality.classifier(*network, bench.classes)
     aside, final = path / ".model", path / "model"
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
+    found = ((name, load_network(bench, rows[0]["folder"])) for name, rows in outcomes.items())
+    method, network = next(((name, network) for name, network in found if network), (None, None))
+    if method is None or network is None:
+        shutil.rmtree(final, ignore_errors=True)  # that of an earlier command is not this one's
+        return
+    model = bench.modality.classifier(*network, bench.classes)
+    with no_bars_of_transformers():
+        model.save_pretrained(aside)
     bench.modality.processor(bench.inputs.normaliser).save_pretrained(aside)
     card = model_card(
         name=settings.name,
@@ -302,7 +312,6 @@ def _report_data(
     queue: list[dict[str, Any]],
     probabilities: np.ndarray | None,
     facts: dict[str, Any],
-    seconds: float,
 ) -> ReportData:
     import unfused
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unfused.data.files import read_json, write_json
+from unfused.data.files import read_json, write_csv, write_json
+from unfused.data.tables import label_of, read_table
 
 
 def fingerprint(value: Any) -> str:
@@ -75,3 +76,20 @@ class RunFolder:
             self.on_stage(name, True)
         self.results.append(result)
         return result
+
+    def collect_answers(self) -> dict[str, str]:
+        """What a person has filled in into `to_label.csv`, now or before: path -> label.
+
+        Kept in `labels.csv` beside it before anything else happens, since `to_label.csv` is written anew.
+        """
+        kept = self.path / "labels.csv"
+        answers: dict[str, str] = {}
+        for file in (kept, self.path / "to_label.csv"):
+            if file.exists():
+                table = read_table(file)
+                for path, cell in zip(table.column("path"), table.column("label"), strict=True):
+                    if path and (label := label_of(cell)):
+                        answers[path] = label
+        if answers:
+            write_csv(kept, ("path", "label"), sorted(answers.items()))
+        return answers

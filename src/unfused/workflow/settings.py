@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,16 @@ METHODS = (
     "ceiling",
 )
 TEACHERS = ("contrastive", "decar", "delores-s", "delores-m", "slicer", "random")
+NUMBERS = (
+    "labels_per_class",
+    "seed",
+    "seeds",
+    "width",
+    "pretrain_steps",
+    "distil_steps",
+    "fine_tune_steps",
+    "queue",
+)
 
 
 @dataclass
@@ -48,9 +60,24 @@ class Settings:
     queue: int = 50
 
     def __post_init__(self) -> None:
-        if isinstance(self.method, str):
-            self.method = tuple(part.strip() for part in self.method.split(",") if part.strip())
-        self.method = tuple(dict.fromkeys(self.method))
+        parts = self.method.split(",") if isinstance(self.method, str) else self.method
+        self.method = tuple(dict.fromkeys(name for part in parts if (name := str(part).strip())))
+        # YAML and Python callers may give numbers and paths: one spelling, one fingerprint
+        self.clusters = str(self.clusters)
+        for name in ("labels", "test", "teacher", "output"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, os.fspath(value) if isinstance(value, os.PathLike) else str(value))
+        for name in ("inductive", "propagate"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name}={value!r} must be true or false")
+        for name in NUMBERS:
+            if (value := getattr(self, name)) is not None:
+                if isinstance(value, bool) or not isinstance(value, Integral):
+                    raise TypeError(f"{name}={value!r} must be a whole number")
+                least = 0 if name == "seed" else 1
+                if value < least:
+                    raise ValueError(f"{name}={value} must be at least {least}")
+                setattr(self, name, int(value))
         for name in self.method:
             if name not in METHODS:
                 raise ValueError(f"method={name!r} is not known: give one or more of {', '.join(METHODS)}")
@@ -63,12 +90,6 @@ class Settings:
                 count = 0
             if count < 2:
                 raise ValueError(f"clusters={self.clusters!r}: give 'auto' or a number of at least 2")
-        for name in ("seeds", "width", "queue"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("labels_per_class", "pretrain_steps", "distil_steps", "fine_tune_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1, or left out")
         if self.modality not in ("auto", "audio", "image"):
             raise ValueError(f"modality={self.modality!r}: give 'auto', 'audio' or 'image'")
         if not re.fullmatch(r"[\w .+=@-]+", self.name) or self.name.strip(". ") == "":
@@ -103,4 +124,4 @@ class Settings:
             )
         if "source" not in values:
             raise ValueError(f"config={str(path)!r} has no `source`: the folder or manifest to adapt to")
-        return cls(**{name: value for name, value in values.items() if name in known})
+        return cls(**{name: value for name, value in values.items() if name in known and value is not None})
