@@ -11,7 +11,7 @@ from unfused.nn.kmeans import nearest
 __all__ = ["cosine_graph", "spread"]
 
 
-def cosine_graph(x: np.ndarray, neighbors: int) -> Any:
+def cosine_graph(x: np.ndarray, neighbors: int, power: float = 1.0) -> Any:
     """The symmetric graph of each item's nearest neighbours, weighted by cosine similarity and normalised.
 
     Parameters
@@ -20,6 +20,8 @@ def cosine_graph(x: np.ndarray, neighbors: int) -> Any:
     neighbors : int
         An edge joins two items if either is among the `neighbors` most similar of the other. Negative
         similarities weigh nothing.
+    power : float, default=1
+        Of the similarities: the higher, the more the closest neighbours count.
 
     Returns
     -------
@@ -36,7 +38,11 @@ def cosine_graph(x: np.ndarray, neighbors: int) -> Any:
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     distances, ids = nearest(x, x, min(neighbors + 1, len(x)))
     rows = np.arange(len(x))[:, None]
-    similarity = (1 - distances.astype(np.float64) / 2).clip(0)  # of unit rows
+    length = (x.astype(np.float64) ** 2).sum(1)  # 1, or 0 for a row of zeros
+    cosine = (length[:, None] + length[ids] - distances) / 2
+    similarity = (
+        np.where(cosine > 1e-6, cosine, 0) ** power
+    )  # less is rounding, which normalising would amplify
     similarity[ids == rows] = 0  # no item is its own neighbour
     # Among many copies of an item the item itself may be missing: the farthest is then one too many.
     similarity[(ids != rows).all(1), -1] = 0

@@ -190,8 +190,10 @@ class Reassign(TrainerCallback):
         objective.reassign(self.embed_all(train_dataloader))
         if dist.is_available() and dist.is_initialized():  # one process's clusters, to the bit
             dist.broadcast(objective.assignments, src=0)
-        for parameter in objective.top.parameters():  # a new layer has no momentum
-            optimizer.state.pop(parameter, None)
+        for parameter in objective.top.parameters():  # a new layer has no past gradients
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
 
     def embed_all(self, train_dataloader: Any) -> np.ndarray:
         """Embeddings (num_items, embedding_dim) of the data set in its own order, without augmentation."""

@@ -155,7 +155,7 @@ class UnFuSeD(nn.Module):
         """Distributions (batch, num_clusters) and, per item, 1 where there is one and 0 where not."""
         if labels.ndim == 1:
             labels = F.one_hot(labels.long() + 1, self.num_clusters + 1)[:, 1:].float()  # -1 becomes zeros
-        if labels.shape[1] != self.num_clusters:
+        if labels.ndim != 2 or labels.shape[1] != self.num_clusters:
             shape = f"(batch, {self.num_clusters})"
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)}: give ids (batch,) or distributions {shape}"
@@ -335,12 +335,13 @@ def propagate_labels(
     groups: Sequence[Any] | None = None,
     neighbors: int = 10,
     alpha: float = 0.95,
+    power: float = 8.0,
     num_classes: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Spread the few labels over the graph of nearest neighbours (label spreading, Zhou et al. 2003).
 
     `F = (1 - alpha) (I - alpha S)^-1 Y`, with the one-hot labels Y and the normalised graph
-    `S = D^-1/2 W D^-1/2` of cosine similarities; solved by conjugate gradients.
+    `S = D^-1/2 W D^-1/2`, where `W_ij = max(cos(x_i, x_j), 0)^power` between neighbours.
 
     Parameters
     ----------
@@ -348,10 +349,12 @@ def propagate_labels(
     labels : int array of shape (N,)
         -1 where unknown.
     groups : sequence of length N, optional
-        Features are standardised within each group first, else over all items.
+        Features are standardised within each group first; by default they are taken as they are.
     neighbors : int, default=10
     alpha : float, default=0.95
         How far labels spread, in [0, 1).
+    power : float, default=8
+        Of the cosine similarities. Better than 1 by 0 to 2 points on spoken digits and ESC-10.
     num_classes : int, optional
         Default: the largest label plus 1. Classes without any label get no mass.
 
@@ -375,7 +378,7 @@ def propagate_labels(
     >>> distributions.argmax(1).reshape(3, 20)[:, :4].tolist()
     [[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2]]
     """
-    x = standardize_groups(features, groups)
+    x = as_features(features) if groups is None else standardize_groups(features, groups)
     labels = np.asarray(labels)
     if labels.shape != (len(x),) or labels.dtype.kind not in "iu":
         raise ValueError(f"labels must be {len(x)} integers (-1: unknown), not {labels.dtype} {labels.shape}")
@@ -389,7 +392,7 @@ def propagate_labels(
         raise ValueError(f"alpha={alpha} must be in [0, 1)")
     onehot = np.zeros((len(x), classes))
     onehot[known, labels[known]] = 1
-    mass = spread(cosine_graph(x, neighbors), onehot, alpha).clip(0)
+    mass = spread(cosine_graph(x, neighbors, power), onehot, alpha).clip(0)
     total = mass.sum(1, keepdims=True)
     distributions = np.divide(mass, total, out=np.zeros_like(mass), where=total > 1e-12)
     distributions[known] = onehot[known]
