@@ -530,9 +530,9 @@ def fit(
     >>> from unfused.train import ArrayDataset
     >>> x = torch.linspace(-1, 1, 64)
     >>> model = Line()
-    >>> result = fit(model, ArrayDataset(x=x, y=3 * x), steps=50, lr=0.2, bf16=False)
+    >>> result = fit(model, ArrayDataset(x=x, y=3 * x), steps=200, lr=0.1, bf16=False)
     >>> round(model.weight.item(), 1), result.history[-1]["step"]
-    (3.0, 50)
+    (3.0, 200)
     """
     recipe = Recipe(
         steps=steps,
