@@ -213,11 +213,11 @@ def unfused_propagate(bench: Bench, draw: Draw, folder: Path) -> Outcome:
 
 
 def spread_targets(bench: Bench, draw: Draw) -> tuple[np.ndarray, dict[str, Any]]:
-    """Class distribution of every clip of the pool, from the visible labels: (n_pool, classes).
+    """Class of every clip of the pool, from the visible labels, as smoothed distributions (n_pool, classes).
 
-    Labels spread over a neighbour graph; many small clusters (six clips on average) then share their members' mean
-    distribution. The graph is built on the teacher's features, on classic ones (cepstra; picture descriptors) or on both,
-    whichever recovers hidden visible labels best.
+    Labels spread over a neighbour graph; many small clusters (six clips on average) then share the class that is most
+    likely by their members' mean distribution. The graph is built on the teacher's features, on classic ones (cepstra;
+    picture descriptors) or on both, whichever recovers hidden visible labels best.
     """
     from unfused.pretrain.unfused import cluster_features, cluster_targets, propagate_labels
 
@@ -233,7 +233,13 @@ def spread_targets(bench: Bench, draw: Draw) -> tuple[np.ndarray, dict[str, Any]
         targets = cluster_targets(clusters, spread)[clusters.ids]
     else:
         targets = spread.copy()
-    targets[labels >= 0] = np.eye(len(bench.classes), dtype=np.float32)[labels[labels >= 0]]
+    classes = np.where(labels >= 0, labels, targets.argmax(1))
+    reached = targets.any(1) | (labels >= 0)
+    # one class each, smoothed like every supervised label: measured better than the soft distribution itself
+    smooth = LABEL_SMOOTHING / len(bench.classes)
+    targets = np.full_like(targets, smooth)
+    targets[np.arange(len(pool)), classes] += 1 - LABEL_SMOOTHING
+    targets[~reached] = 0
     details: dict[str, Any] = {"graph": chosen, "recovered": scores, "confidence": float(confidence.mean())}
     if ((truth := bench.truth[pool]) >= 0).any():  # for the report only: no decision looks at it
         hidden = (truth >= 0) & (labels < 0)
