@@ -122,7 +122,8 @@ def _accuracies(
     }
 
     def compute() -> dict[str, list[float]]:
-        name = f"{world}-{test}-{'inductive' if inductive else 'transductive'}-{methods[0]}".replace("=", "-")
+        # one run folder for all calls on the same pool: what sees no label is computed once
+        name = f"{world}-{test}-{'inductive' if inductive else 'transductive'}".replace("=", "-")
         run = workflow.adapt(
             _source(world, data),
             name=name,
