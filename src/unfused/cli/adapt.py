@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -65,31 +69,32 @@ def register(app: typer.Typer) -> None:
             if threads < 1:
                 raise ValueError(f"threads={threads} must be at least 1")
             torch.set_num_threads(threads)
-        run = adapt(
-            source,
-            labels,
-            progress=not quiet,
-            cache=cache,
-            name=name,
-            output=output,
-            modality=modality,
-            method=method,
-            teacher=teacher,
-            clusters=clusters,
-            propagate=propagate,
-            group=group,
-            test=test,
-            labels_per_class=labels_per_class,
-            inductive=inductive,
-            seed=seed,
-            seeds=seeds,
-            width=width,
-            pretrain_steps=pretrain_steps,
-            distil_steps=distil_steps,
-            fine_tune_steps=fine_tune_steps,
-            queue=queue,
-            config=config,
-        )
+        with _warnings_of_one_line():
+            run = adapt(
+                source,
+                labels,
+                progress=not quiet,
+                cache=cache,
+                name=name,
+                output=output,
+                modality=modality,
+                method=method,
+                teacher=teacher,
+                clusters=clusters,
+                propagate=propagate,
+                group=group,
+                test=test,
+                labels_per_class=labels_per_class,
+                inductive=inductive,
+                seed=seed,
+                seeds=seeds,
+                width=width,
+                pretrain_steps=pretrain_steps,
+                distil_steps=distil_steps,
+                fine_tune_steps=fine_tune_steps,
+                queue=queue,
+                config=config,
+            )
         typer.echo(str(run.path))
 
     @app.command("predict")
@@ -122,3 +127,15 @@ def register(app: typer.Typer) -> None:
             print(f"unfused: {printable(path)}: {reason}", file=sys.stderr)
         if len(bad) == len(files):
             raise typer.Exit(1)
+
+
+@contextmanager
+def _warnings_of_one_line() -> Iterator[None]:
+    """Warnings as `unfused: TEXT`, without the place in the code that Python shows."""
+
+    def show(message: Warning | str, *place: Any, **more: Any) -> None:
+        print(f"unfused: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

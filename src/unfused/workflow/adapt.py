@@ -155,9 +155,8 @@ def adapt(
     from unfused.workflow.report import ReportData
 
     settings = _settings(source, labels, options)
-    console = Console(progress)
     path = Path(settings.output) / settings.name
-    with _sole_user(path, settings):
+    with Console(progress) as console, _sole_user(path, settings):
         quarantine = Quarantine()
         run = RunFolder(path, console.stage)
         modality, corpus, groups = _read(settings, path, quarantine, cache, console)

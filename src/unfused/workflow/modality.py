@@ -8,6 +8,7 @@ A new kind of data is one more class here.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from unfused.data.files import Quarantine
+from unfused.data.files import Quarantine, check_file
 from unfused.data.manifest import Manifest
 
 
@@ -85,6 +86,15 @@ def _corpus(manifest: Manifest, found: Any, front_end: str) -> Corpus:
     return Corpus(usable, found.features, found.seconds, content.hexdigest())
 
 
+def _new_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A memory-mapped float32 array with all its room on the disk taken: a full one is an OSError here, SIGBUS later."""
+    values = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return values
+
+
 class Modality(Protocol):
     """The contract; see `Audio` and `Image`."""
 
@@ -151,7 +161,7 @@ class Audio:
         counts = np.array([num_windows(clip.shape[-1], raw_front_end) for clip in corpus.raw])
         clip = np.repeat(np.arange(len(corpus)), counts)
         shape = (len(clip), 1, self.front_end.n_mels, self.front_end.frames)
-        values = np.lib.format.open_memmap(folder / "inputs.npy", "w+", np.float32, shape)
+        values = _new_array(folder / "inputs.npy", shape)
         row, total, squares, size = 0, 0.0, 0.0, 0
         for index, log_mel in enumerate(corpus.raw):
             windows = fit_frames(torch.from_numpy(np.array(log_mel)), raw_front_end).numpy()
@@ -231,7 +241,7 @@ class Image:
 
     def inputs(self, corpus: Corpus, pool: np.ndarray, folder: Path) -> Inputs:
         shape = (len(corpus), 3, self.size, self.size)
-        values = np.lib.format.open_memmap(folder / "inputs.npy", "w+", np.float32, shape)
+        values = _new_array(folder / "inputs.npy", shape)
         total, squares, size = np.zeros(3), np.zeros(3), 0
         for index, picture in enumerate(corpus.raw):
             values[index] = np.asarray(picture, np.float32) / 255
@@ -288,6 +298,7 @@ def choose_size(manifest: Manifest, sample: int = 100) -> int:
     sides = []
     for path in manifest.paths[:: max(1, len(manifest.paths) // sample)]:
         try:
+            check_file(manifest.root / path)  # a pipe would be waited for
             with Pillow.open(manifest.root / path) as picture:
                 sides.append(min(picture.size))
         except Exception:  # what is wrong with it is said when it is read
@@ -307,12 +318,16 @@ def choose_front_end(manifest: Manifest, sample: int = 200) -> Any:
 
     from unfused.nn.log_mel import FrontEnd
 
-    chosen: Any = np.unique(np.linspace(0, len(manifest.paths) - 1, sample).astype(int)) if manifest.paths else []
+    chosen: Any = (
+        np.unique(np.linspace(0, len(manifest.paths) - 1, sample).astype(int)) if manifest.paths else []
+    )
     durations, rates = [], []
     for index in chosen:
+        path = manifest.root / manifest.paths[index]
         try:
-            header = soundfile.info(str(manifest.root / manifest.paths[index]))
-        except (soundfile.LibsndfileError, OSError):
+            check_file(path)  # a pipe would be waited for
+            header = soundfile.info(os.fsencode(path) if os.name == "posix" else str(path))
+        except Exception:  # what is wrong with it is said when it is read
             continue
         durations.append(header.duration)
         rates.append(header.samplerate)

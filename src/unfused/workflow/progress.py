@@ -39,6 +39,15 @@ class Console:
         self._bars: ExitStack | None = None
         self._task: Any = None
 
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        """Give the terminal back, also when a stage fails or is interrupted."""
+        if self._bars is not None:
+            bars, self._bars = self._bars, None
+            bars.__exit__(*exc)
+
     def stage(self, name: str, reused: bool) -> None:
         self.current = name
         self._close()
@@ -94,6 +103,4 @@ class Console:
         return self._task
 
     def _close(self) -> None:
-        if self._bars is not None:
-            bars, self._bars = self._bars, None
-            bars.close()
+        self.__exit__(None, None, None)
