@@ -389,19 +389,27 @@ def test_sampler_decides_the_rows():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(steps=0), "steps=0 must be at least 1"),
-        (dict(batch_size=0), "batch_size=0 must be at least 1"),
+        (dict(steps=0), "steps=0 must be a whole number of at least 1"),
+        (dict(batch_size=0), "batch_size=0 must be a whole number of at least 1"),
         (dict(lr=-1.0), r"lr=-1\.0 must be a finite number"),
         (dict(lr=float("nan")), "lr=nan must be a finite number"),
         (dict(optimizer="adam"), "optimizer='adam' must be 'adamw' or 'sgd'"),
         (dict(schedule="step"), "schedule='step' must be one of 'one-cycle', 'cosine'"),
         (dict(warmup=1.5), r"warmup=1\.5 must be a fraction of the steps"),
-        (dict(seed=-1), "seed=-1 must lie in"),
+        (dict(steps=2.5), r"steps=2\.5 must be a whole number"),
+        (dict(seed=-1), "seed=-1 must be a whole number in"),
     ],
 )
 def test_bad_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         fit(build(), digits(), **({"steps": 2} | changes))
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    run = dict(steps=np.int64(2), batch_size=np.int32(8), lr=np.float32(1e-3), seed=np.uint8(1))
+    run["fingerprint"] = {"rows": np.int64(40)}
+    assert fit(build(), digits(), output_dir=tmp_path, **run).resumed_from is None
+    assert fit(build(), digits(), output_dir=tmp_path, **run).resumed_from == 2
 
 
 def test_empty_data_and_frozen_model():

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Engine": "unfused.train.engine",
         "FitResult": "unfused.train.engine",
         "PeakMemory": "unfused.train.memory",
+        "Recipe": "unfused.train.engine",
         "StageProgress": "unfused.train.progress",
         "collate": "unfused.train.data",
         "fit": "unfused.train.engine",

@@ -175,6 +175,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # which syncs no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -239,10 +241,11 @@ def write_final(
 
 
 def read_final(folder: Path) -> dict[str, Any] | None:
-    """`done.json` of a finished run whose weights are undamaged, else None."""
+    """`done.json` of a finished run whose weights are undamaged, with its history, else None."""
     try:
         done = read_json(folder / "done.json")
-        return done if digest(folder / "model.safetensors") == done["model"] else None
+        intact = digest(folder / "model.safetensors") == done["model"]
+        return {**done, "history": read_json(folder / "history.json")} if intact else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

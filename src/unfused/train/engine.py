@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import numbers
+import operator
 import os
 import tempfile
 import time
@@ -27,7 +29,7 @@ from unfused.train import checkpoint as ckpt
 from unfused.train.data import EpochBatches, Sampler, collate
 from unfused.train.memory import PeakMemory
 
-__all__ = ["Engine", "FitResult", "fit", "supports_bf16"]
+__all__ = ["Engine", "FitResult", "Recipe", "fit", "supports_bf16"]
 
 Progress = Callable[[int, int, float], Any]
 RECORDS = 50  # lines in a run's history
@@ -86,8 +88,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         for name in ("lr", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number of at least 0")
@@ -97,8 +99,8 @@ class Recipe:
             raise ValueError(f"schedule={self.schedule!r} must be one of {', '.join(map(repr, SCHEDULES))}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup!r} must be a fraction of the steps, in [0, 1)")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed!r} must lie in [0, 2**32)")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed!r} must be a whole number in [0, 2**32)")
 
     def factor(self, step: int) -> float:
         """The learning rate's factor at a step, counted from 0: linear warm-up, then the schedule."""
@@ -328,10 +330,10 @@ class Engine(Trainer):
         flat = [
             v.reshape(()).to(self.args.device, torch.float32) for row in self._recent for v in row.values()
         ]
-        numbers = iter(torch.stack(flat).tolist())
+        fetched = iter(torch.stack(flat).tolist())
         first = self.state.global_step - len(self._recent) + 1
         for step, row in enumerate(self._recent, first):
-            values = {name: next(numbers) for name in row}
+            values = {name: next(fetched) for name in row}
             if not math.isfinite(values["loss"]):
                 raise FloatingPointError(
                     f"the loss is {values['loss']} at step {step} of {self.recipe.steps}: check the data for "
@@ -345,11 +347,11 @@ class Engine(Trainer):
         self.model.eval()
         # Not inference_mode: what a model caches there could not be used in training afterwards.
         with ckpt.preserved_rng(), torch.no_grad():
-            numbers = {name: float(value) for name, value in self.eval_fn(self.model).items()}
+            found = {name: float(value) for name, value in self.eval_fn(self.model).items()}
         self.model.train()
         if not self.history or self.history[-1]["step"] != step:
             self.history.append({"step": step})
-        self.history[-1].update({k: v if math.isfinite(v) else None for k, v in numbers.items()})
+        self.history[-1].update({k: v if math.isfinite(v) else None for k, v in found.items()})
 
     # ---- checkpoints
 
@@ -534,18 +536,19 @@ def fit(
     >>> round(model.weight.item(), 1), result.history[-1]["step"]
     (3.0, 200)
     """
+    steps, batch_size, seed = map(_whole, (steps, batch_size, seed))
     recipe = Recipe(
         steps=steps,
         batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
+        lr=float(lr),
+        weight_decay=float(weight_decay),
         optimizer=optimizer,
-        momentum=momentum,
+        momentum=float(momentum),
         schedule=schedule,
         warmup=WARMUP.get(schedule, 0.0) if warmup is None else warmup,
         seed=seed,
         bf16=supports_bf16() if bf16 is None else bf16,
-        max_grad_norm=max_grad_norm or 0.0,
+        max_grad_norm=float(max_grad_norm or 0),
     )
     if len(data) == 0:  # type: ignore[arg-type]
         raise ValueError("data is empty: there is nothing to train on")
@@ -559,7 +562,7 @@ def fit(
         ckpt.load_module(folder / "model.safetensors", model)
         ckpt.remove_leftovers(folder)
         model.eval()
-        return FitResult(read_json(folder / "history.json"), steps, done["seconds"], done["peak_mib"], steps)
+        return FitResult(done["history"], steps, done["seconds"], done["peak_mib"], steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_traceless(model))
         stack.enter_context(ckpt.preserved_rng())
@@ -598,6 +601,11 @@ def fit(
     return FitResult(engine.history, steps, seconds, memory.mib, resumed)
 
 
+def _whole(number: Any) -> Any:
+    """NumPy's integers as Python's, which JSON can hold."""
+    return operator.index(number) if isinstance(number, numbers.Integral) else number
+
+
 def _identity(
     recipe: Recipe,
     model: nn.Module,
@@ -615,9 +623,9 @@ def _identity(
         "model": {name: [str(t.dtype), *t.shape] for name, t in model.state_dict().items()},
         "groups": settings,
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        **(fingerprint or {}),
+        "fingerprint": dict(fingerprint or {}),
     }
-    return json.loads(json.dumps(identity))
+    return json.loads(json.dumps(identity, default=lambda number: number.item()))
 
 
 def _discard_unusable(folder: Path, identity: Mapping[str, Any]) -> None:
