@@ -143,8 +143,8 @@ def pretraining_claim(
     if lab.scale == "smoke":
         world = world.select(np.isin(world.groups, np.unique(world.groups)[::6]))
     per_class = lab.pick(smoke=3, desk=5)
-    steps = lab.pick(smoke=12, desk=250, gpu=3000)
-    width, dim = lab.pick(smoke=(4, 16), desk=(32, 256), gpu=(64, 2048))
+    steps = lab.pick(smoke=12, desk=500, gpu=3000)
+    width, dim = lab.pick(smoke=(4, 16), desk=(16, 256), gpu=(64, 2048))
     recipe = {"batch_size": lab.pick(smoke=16, desk=64, gpu=256), **(recipe or {})}
 
     def make_encoder() -> AudioNTT:
