@@ -28,6 +28,8 @@ RULE = (
     "training from scratch reaches 0"
 )
 JUDGED = ("fine-tune", "linear-probe", "scratch")
+STEPS = {"pretrain_steps": 400, "distil_steps": 700, "fine_tune_steps": 100}
+SHORT = {"pretrain_steps": 200, "distil_steps": 300, "fine_tune_steps": 50}  # five windows a clip, larger ones
 INDUCTIVE = ("unfused-propagate", "unfused-literal", *JUDGED, "classic")
 TRANSDUCTIVE = ("unfused-propagate", "unfused-literal", "linear-probe", "classic")
 
@@ -117,7 +119,7 @@ def _accuracies(
         "seeds": draws or len(lab.seeds),
         **lab.pick(
             smoke={"pretrain_steps": 4, "distil_steps": 6, "fine_tune_steps": 3, "clusters": 20, "width": 8},
-            desk={"pretrain_steps": 400, "distil_steps": 700, "fine_tune_steps": 100},
+            desk=SHORT if world == "esc10" else STEPS,
         ),
     }
 
