@@ -29,7 +29,11 @@ RULE = (
 )
 JUDGED = ("fine-tune", "linear-probe", "scratch")
 STEPS = {"pretrain_steps": 400, "distil_steps": 700, "fine_tune_steps": 100}
-SHORT = {"pretrain_steps": 200, "distil_steps": 300, "fine_tune_steps": 50}  # five windows a clip, larger ones
+SHORT = {
+    "pretrain_steps": 200,
+    "distil_steps": 300,
+    "fine_tune_steps": 50,
+}  # five windows a clip, larger ones
 INDUCTIVE = ("unfused-propagate", "unfused-literal", *JUDGED, "classic")
 TRANSDUCTIVE = ("unfused-propagate", "unfused-literal", "linear-probe", "classic")
 
@@ -87,6 +91,7 @@ def _verdicts(lab: Lab, world: str, held_out: list[str], group: str | None = Non
                     f"{mean / ceiling:.3f} of the ceiling {ceiling:.3f}",
                     f"above logistic regression on classic features by {gains['classic']}",
                     f"transductive mean {np.mean([np.mean(v) for v in known[arm].values()]):.4f}",
+                    "augmentation and targets were chosen on spoken digits with these speakers in view (docs/adapt.md)",
                 ],
             )
         )
