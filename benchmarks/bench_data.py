@@ -7,6 +7,7 @@ where they are, else the embedded sample. Each line ends in the aim and whether 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import subprocess
 import sys
@@ -117,14 +118,16 @@ def memory() -> None:
     if not Path("/proc/self/status").exists():
         return
     generator = np.random.default_rng(0)
-    few, many = 2000, 6000  # pools and buffers have their full size after the first few hundred
+    few, many = 2000, 6000
     with tempfile.TemporaryDirectory() as scratch:
         for count in (few, many):
             folder = Path(scratch, str(count))
             folder.mkdir()
             for k in range(count):
-                samples = generator.integers(-9999, 9999, 8000, dtype=np.int16)
-                soundfile.write(folder / f"{k}.wav", samples, 16000)
+                samples = generator.integers(-9999, 9999, 1600, dtype=np.int16)
+                content = io.BytesIO()  # written to a file directly, each would be flushed to the disk
+                soundfile.write(content, samples, 16000, format="WAV")
+                (folder / f"{k}.wav").write_bytes(content.getvalue())
         peaks, sizes = [], []
         for count in (few, many):
             cached = Path(scratch, f"cache-{count}")
@@ -136,7 +139,7 @@ def memory() -> None:
     growth, stored = ((b - a) / 1024 / (many - few) * 1000 for a, b in (peaks, sizes))
     figures = f"{peaks[0] / 1024:.0f} MiB for {few:,}, {peaks[1] / 1024:.0f} MiB for {many:,} recordings; "
     figures += f"{growth:.1f} MiB more per 1,000, while the cache grows by {stored:.1f} MiB on disk"
-    line("peak memory", figures, growth < 0.15 * stored, "< 15 % of the cache")
+    line("peak memory", figures, growth < 2, "< 2 MiB: names and places, no sound")
 
 
 def scanning() -> None:

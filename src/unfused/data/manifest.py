@@ -89,9 +89,8 @@ def read_manifest(
         - a folder, searched with all sub-folders; hidden files are skipped, links followed, each folder once.
           If every file lies in one of two or more sub-folders, their names are the labels; where those are
           called ``train``, ``test`` and the like, they are the split, and the next level names the labels;
-        - a CSV, TSV or JSON-lines manifest with a column path (or file, filename, audio, image ...) and,
-        if there
-          are any, label (class, category, target) and split. Paths are relative to the manifest's folder;
+        - a CSV, TSV or JSON-lines manifest with a column path (or file, filename, audio, image ...) and perhaps
+          label (class, category, target) and split. Paths are relative to the manifest's folder;
         - a data set saved by ``datasets.save_to_disk``, or the id of one on the hub, ``owner/name[:split]``.
     labels : path, column name or False, optional
         A CSV or JSON-lines file with the columns path and label. A path may be relative to the folder,

@@ -30,13 +30,11 @@ def hold_out(manifest: Manifest, test: float | str | os.PathLike[str], seed: int
     test : float, str or path
         One of
 
-        - a fraction of the labelled files between 0 and 1: the same of each class, or, if the manifest
-        has groups,
-          whole groups that come closest to that;
+        - a fraction of the labelled files between 0 and 1: the same of each class, or, if the manifest has
+          groups, whole groups that come closest to that;
         - a CSV, JSON-lines or TXT file (a path per line) that lists them;
         - ``"NAME=VALUE"``: the files of that group, or of several, ``"speaker=ann,bob"``; with
-        ``"split=test"``
-          those that the data set itself calls so.
+          ``"split=test"`` those that the data set itself calls so.
     seed : int, default=0
 
     Returns
