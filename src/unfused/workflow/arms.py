@@ -363,10 +363,8 @@ def classic(bench: Bench, draw: Draw, folder: Path) -> Outcome:
     """Logistic regression on MFCC (pictures: on pixels and histograms): no network at all."""
     from unfused.finetune.classic import Classic
 
-    data = bench.classic_input
-    rows = np.flatnonzero(draw.visible)
-    visible = data[rows] if isinstance(data, np.ndarray) else [data[row] for row in rows]
-    model = Classic(seed=draw.seed).fit(visible, draw.labels[rows], groups=_groups(bench, rows))
+    data, rows = bench.classic_input, np.flatnonzero(draw.visible)
+    model = Classic(seed=draw.seed).fit(data[rows], draw.labels[rows], groups=_groups(bench, rows))
     return Outcome(
         _expand(model, data, len(bench.classes)), details={"representation": model.representation_}
     )

@@ -132,6 +132,7 @@ class Audio:
     def __init__(self, width: int = 32, front_end: Any = None) -> None:
         self.width = width
         self.front_end = front_end
+        self.cache: Path | None = None
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -146,6 +147,7 @@ class Audio:
     ) -> Corpus:
         from unfused.data.features import read_features
 
+        self.cache = cache
         if self.front_end is None:
             self.front_end = choose_front_end(manifest)
         found = read_features(manifest, self.front_end, cache, quarantine, progress=progress)
@@ -175,7 +177,7 @@ class Audio:
         std = math.sqrt(max(squares / size - mean**2, 1e-12))
         for start in range(0, len(values), 4096):
             values[start : start + 4096] = (values[start : start + 4096] - mean) / std
-        values.flush()
+        values.flush()  # type: ignore[attr-defined]
         return Inputs(values, clip, {"mean": mean, "std": std})
 
     def encoder(self) -> Any:
@@ -191,8 +193,16 @@ class Audio:
             return AudioAugment("voice", frequency=0.1, tilt=0.2, time_bend=0.05, cepstra=14)
         return AudioAugment("sound")
 
-    def classic_input(self, corpus: Corpus) -> list[np.ndarray]:
-        return list(corpus.raw)
+    def classic_input(self, corpus: Corpus) -> np.ndarray:
+        """MFCC and their statistics of whole, untrimmed clips: on spoken digits the baseline is the better for it."""
+        from unfused.data.features import read_features
+        from unfused.finetune.classic import audio_features
+
+        if self.front_end.trim_db is None or self.cache is None:
+            return audio_features(corpus.raw)
+        whole = replace(self.front_end, trim_db=None)
+        found = read_features(corpus.manifest, whole, self.cache, Quarantine())
+        return audio_features(found.features if found.usable.all() else corpus.raw)
 
     def classic_features(self, corpus: Corpus) -> np.ndarray:
         """One vector per clip for the neighbour graph: cepstra of the stretched word, or statistics over time."""
@@ -254,7 +264,7 @@ class Image:
         for start in range(0, len(values), 1024):
             block = values[start : start + 1024]
             values[start : start + 1024] = (block - mean[:, None, None]) / std[:, None, None]
-        values.flush()
+        values.flush()  # type: ignore[attr-defined]
         return Inputs(values, np.arange(len(corpus)), {"mean": mean.tolist(), "std": std.tolist()})
 
     def encoder(self) -> Any:
@@ -268,12 +278,14 @@ class Image:
         return ImageAugment(mean=normaliser["mean"], std=normaliser["std"])
 
     def classic_input(self, corpus: Corpus) -> np.ndarray:
-        return np.stack(list(corpus.raw))
+        from unfused.finetune.classic import image_features
+
+        return image_features(corpus.raw)
 
     def classic_features(self, corpus: Corpus) -> np.ndarray:
         from unfused.finetune.classic import descriptors
 
-        return descriptors(self.classic_input(corpus))  # type: ignore[arg-type]
+        return descriptors(list(corpus.raw))
 
     def classifier(self, encoder: Any, head: Any, classes: list[str]) -> Any:
         model = encoder.to_classifier(len(classes), dict(enumerate(classes)))
