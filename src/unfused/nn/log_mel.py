@@ -36,6 +36,8 @@ __all__ = [
 
 TARGET_RMS = 0.1
 BLOCK_FRAMES = 256  # transformed at once on a CPU: large enough for the kernels, small enough for the cache
+EXACT_FRAMES = 32  # transformed at once in float64, where float32 would not do
+BAND = 16  # mel filters applied in one matrix product: a vector register of float32
 TAPE_SAMPLES = 1 << 19  # a tape is closed beyond this; bounds the memory of `log_mel_many` besides its result
 
 
@@ -186,17 +188,18 @@ def _mel_filters(sampling_rate: int, n_fft: int, n_mels: int, f_min: float, f_ma
 @lru_cache(maxsize=32)
 def _window_and_bands(
     front_end: FrontEnd, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, list[tuple[slice, slice, torch.Tensor]]]:
-    """The analysis window, and the filters in bands of about 16: (FFT bins, mel bins, matrix between the two).
+) -> tuple[torch.Tensor, list[tuple[slice, torch.Tensor]]]:
+    """The analysis window, and per 16 filters: the FFT bins they use, and a matrix (bins, 16) from these.
 
-    A filter is zero outside a few bins; a band's matrix leaves most of these zeros out.
+    A filter is zero outside a few bins, and a band's matrix leaves most of these zeros out. The last band is filled
+    up with filters of zeros: with columns that do not fill a register, results depend on a row's place in the block.
     """
-    filters = mel_filters(front_end)
+    filters = np.pad(mel_filters(front_end), ((0, -front_end.n_mels % BAND), (0, 0)))
     bands = []
-    for mels in np.array_split(np.arange(front_end.n_mels), max(1, front_end.n_mels // 16)):
-        used = np.flatnonzero(filters[mels].any(axis=0))
-        bins, rows = slice(used[0], used[-1] + 1), slice(mels[0], mels[-1] + 1)
-        bands.append((bins, rows, torch.from_numpy(filters[rows, bins].T.copy()).to(device, dtype)))
+    for band in filters.reshape(-1, BAND, filters.shape[1]):
+        used = np.flatnonzero(band.any(axis=0))
+        bins = slice(used[0], used[-1] + 1)
+        bands.append((bins, torch.from_numpy(band[:, bins].T.copy()).to(device, dtype)))
     return torch.hann_window(front_end.n_fft, dtype=torch.float64).to(device, dtype), bands
 
 
@@ -275,8 +278,8 @@ def log_mel(waveforms: Any, front_end: FrontEnd) -> torch.Tensor:
     Parameters
     ----------
     waveforms : array-like or tensor of shape (batch, n), n >= 1
-        Computed in float64 if it is a float64 tensor or array, else in float32, on the device where it lies. float32
-        resolves about 110 dB below a clip's loudest component: an `eps` far below that calls for float64.
+        On any device. float64 is computed in float64; all else in float32, but for the frames whose quietest bins would
+        suffer from its rounding.
     front_end : FrontEnd
 
     Returns
@@ -360,18 +363,44 @@ def _tape_length(frames: int, front_end: FrontEnd, device: torch.device) -> int:
 
 def _log_mel_of_tape(tape: torch.Tensor, front_end: FrontEnd) -> torch.Tensor:
     """Log-mel of all frames of a tape (samples,), frame k beginning at sample k * hop: (frames, n_mels)."""
-    block = _block(tape.device)
+    eps, block = front_end.eps, _block(tape.device)
     frames = tape.unfold(0, front_end.n_fft, front_end.hop_length)
-    window, bands = _window_and_bands(front_end, tape.dtype, tape.device)
-    rows = tape.new_empty(len(frames), front_end.n_mels)
+    mels = tape.new_empty(len(frames), front_end.n_mels + -front_end.n_mels % BAND)
+    energy = tape.new_empty(len(frames))
     for start in range(0, len(frames), block):
-        spectrum = torch.fft.rfft(frames[start : start + block] * window)
-        # several times as fast as spectrum.abs().square()
-        real, imaginary = torch.view_as_real(spectrum).square_().unbind(-1)
-        power = real + imaginary  # (block, bins)
-        for bins, mels, weights in bands:
-            torch.mm(power[:, bins], weights, out=rows[start : start + block, mels])
-    return rows.add_(front_end.eps).log_()
+        rows = slice(start, start + block)
+        _mel_power(frames[rows], front_end, out=(mels[rows], energy[rows]))
+    mels = mels[:, : front_end.n_mels]
+    if tape.dtype == torch.float32:
+        # Rounding in a float32 FFT adds noise to all bins, about 1.2e-7 of the frame's norm. It changes the logarithm
+        # of a mel power m by sqrt(2 m noise) / (m + eps) in the mean square. Three times that stays below 1e-4: where it
+        # would not, the frame is done in float64.
+        noise = energy.mul_(1.2e-7**2 * 2 / front_end.n_fft * mel_filters(front_end).sum(1).max().item())
+        margin = mels.reciprocal().mul_(eps**2).add_(mels).amin(1).add_(2 * eps)
+        fragile = (2 * noise > (1e-4 / 3) ** 2 * margin).nonzero()[:, 0]
+        if len(fragile):
+            for rows in F.pad(fragile, (0, -len(fragile) % EXACT_FRAMES), value=int(fragile[0])).split(
+                EXACT_FRAMES
+            ):
+                mels[rows] = _mel_power(frames[rows].double(), front_end)[0][:, : front_end.n_mels].float()
+    return mels.add_(eps).log_()
+
+
+def _mel_power(
+    frames: torch.Tensor, front_end: FrontEnd, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of frames (block, n_fft): mel power (block, n_mels filled up to whole bands), and power of all bins (block,)."""
+    window, bands = _window_and_bands(front_end, frames.dtype, frames.device)
+    mels, energy = out or (frames.new_empty(len(frames), BAND * len(bands)), frames.new_empty(len(frames)))
+    spectrum = torch.fft.rfft(frames * window)
+    real, imaginary = (
+        torch.view_as_real(spectrum).square_().unbind(-1)
+    )  # several times as fast as spectrum.abs()
+    power = real + imaginary  # (block, bins)
+    torch.sum(power, 1, out=energy)
+    for i, (bins, weights) in enumerate(bands):
+        torch.mm(power[:, bins], weights, out=mels[:, BAND * i : BAND * (i + 1)])
+    return mels, energy
 
 
 @torch.no_grad()
