@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,14 @@ def encode(samples: np.ndarray, rate: int = RATE, **how: str) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate, **({"format": "WAV"} | how))
     return buffer.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """A killed process leaves its writes to the system: waiting for the platter is for power cuts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture
