@@ -48,13 +48,25 @@ def test_spread_targets_are_smoothed_classes_that_keep_every_visible_label(blobs
     draw = draw_of(truth, [0, 1, 40, 41, 80, 81])
     targets, details = spread_targets(make_bench(features, truth), draw)
     assert targets.shape == (120, 3)
-    np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-5)
-    assert set(np.unique(targets.round(6))) == {
+    taught = targets.any(1)
+    np.testing.assert_allclose(targets[taught].sum(1), 1, rtol=1e-5)
+    assert taught.mean() == pytest.approx(details["targets_taught"]) and taught[draw.visible].all()
+    assert set(np.unique(targets[taught].round(6))) == {
         np.float32(round(LABEL_SMOOTHING / 3, 6)),
         np.float32(round(1 - LABEL_SMOOTHING + LABEL_SMOOTHING / 3, 6)),
     }
     assert (targets.argmax(1)[draw.visible] == truth[draw.visible]).all()
-    assert (targets.argmax(1) == truth).mean() > 0.95 and details["targets_correct"] > 0.95
+    assert taught.mean() > 0.8 and details["targets_correct"] > 0.95
+
+
+def test_clips_that_the_labels_do_not_decide_get_no_target():
+    """Two classes' labels on one and the same blob: its other clips are not taught either of them."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(0, 0.3, (60, 6)) + np.eye(6)[0] * 3
+    labels = np.full(60, -1)
+    labels[:10:2], labels[1:10:2] = 0, 1
+    targets, details = spread_targets(make_bench(features, np.zeros(60, int)), Draw(0, labels))
+    assert details["targets_taught"] < 0.7 and targets[:10].any(1).all()
 
 
 def test_a_wrong_visible_label_is_kept_as_the_person_gave_it(blobs):
@@ -88,10 +100,8 @@ def test_the_graph_that_recovers_hidden_labels_is_chosen(blobs):
     noise = np.random.default_rng(2).normal(size=(120, 6))
     draw = draw_of(truth, [0, 1, 2, 40, 41, 42, 80, 81, 82])
     _, details = spread_targets(make_bench(noise, truth, teacher_features=features), draw)
-    assert (
-        details["graph"] in ("teacher", "both")
-        and details["recovered"]["teacher"] > details["recovered"]["classic"]
-    )
+    assert not details["graph"].startswith("classic")
+    assert details["recovered"]["teacher, 10 neighbours"] > details["recovered"]["classic, 10 neighbours"]
 
 
 def test_group_offsets_are_removed_before_the_graph(blobs):
@@ -100,7 +110,8 @@ def test_group_offsets_are_removed_before_the_graph(blobs):
     shifted = features + np.where(groups == "y", 40.0, 0.0)[:, None]
     draw = draw_of(truth, [0, 2, 40, 42, 80, 82])  # labels in group x alone
     targets, _ = spread_targets(make_bench(shifted, truth, groups=groups), draw)
-    assert (targets.argmax(1) == truth).mean() > 0.95
+    taught = targets.any(1)
+    assert taught.mean() > 0.8 and (targets.argmax(1) == truth)[taught].mean() > 0.95
 
 
 def test_pool_dataset_reads_only_the_rows_of_a_batch():

@@ -18,6 +18,7 @@ from unfused.train.data import ArrayDataset
 from unfused.workflow.modality import Corpus, Inputs, Modality
 
 LABEL_SMOOTHING = 0.1  # of every supervised stage, whatever the method
+CONFIDENCE = 0.6  # share that a cluster's most likely class must have for its members to be taught it
 
 
 @dataclass
@@ -217,34 +218,37 @@ def spread_targets(bench: Bench, draw: Draw) -> tuple[np.ndarray, dict[str, Any]
 
     Labels spread over a neighbour graph; many small clusters (six clips on average) then share the class that is most
     likely by their members' mean distribution. The graph is built on the teacher's features, on classic ones (cepstra;
-    picture descriptors) or on both, whichever recovers hidden visible labels best.
+    picture descriptors) or on both, with 10 or 20 neighbours, whichever recovers hidden visible labels best. Rows of
+    clusters that are not sure of their class are zero.
     """
     from unfused.pretrain.unfused import cluster_features, cluster_targets, propagate_labels
 
     pool = np.flatnonzero(bench.pool)
     labels = draw.labels[pool]
-    views = graph_views(bench, pool)
-    scores = {name: _recovered(view, labels, len(bench.classes), draw.seed) for name, view in views.items()}
-    chosen = max(scores, key=scores.__getitem__)
-    spread, confidence = propagate_labels(views[chosen], labels, num_classes=len(bench.classes))
-    count = int(np.clip(len(pool) // 6, min(len(pool), 4 * len(bench.classes)), 1024))
+    views, classes = graph_views(bench, pool), len(bench.classes)
+    graphs = [(name, neighbors) for name in views for neighbors in (20, 10)]
+    recovered = [_recovered(views[name], labels, classes, draw.seed, k) for name, k in graphs]
+    name, neighbors = graphs[int(np.argmax(recovered))]
+    spread, _ = propagate_labels(views[name], labels, neighbors=neighbors, num_classes=classes)
+    count = int(np.clip(len(pool) // 6, min(len(pool), 4 * classes), 1024))
     if count < len(pool):
-        clusters = cluster_features(views[chosen], count, pca=None, whiten=False, seed=bench.seed)
-        targets = cluster_targets(clusters, spread)[clusters.ids]
-    else:
-        targets = spread.copy()
-    classes = np.where(labels >= 0, labels, targets.argmax(1))
-    reached = targets.any(1) | (labels >= 0)
-    # one class each, smoothed like every supervised label: measured better than the soft distribution itself
-    smooth = LABEL_SMOOTHING / len(bench.classes)
-    targets = np.full_like(targets, smooth)
-    targets[np.arange(len(pool)), classes] += 1 - LABEL_SMOOTHING
-    targets[~reached] = 0
-    details: dict[str, Any] = {"graph": chosen, "recovered": scores, "confidence": float(confidence.mean())}
-    if ((truth := bench.truth[pool]) >= 0).any():  # for the report only: no decision looks at it
-        hidden = (truth >= 0) & (labels < 0)
-        if hidden.any():
-            details["targets_correct"] = float((targets.argmax(1) == truth)[hidden].mean())
+        clusters = cluster_features(views[name], count, pca=None, whiten=False, seed=bench.seed)
+        spread = cluster_targets(clusters, spread)[clusters.ids]
+    # One class each, smoothed like every supervised label, where the cluster is sure of it: measured better than the
+    # soft distribution itself. The others get no target, they only take part in the student's self-distillation.
+    chosen, known = np.where(labels >= 0, labels, spread.argmax(1)), labels >= 0
+    taught = known | (spread.max(1) >= CONFIDENCE)
+    targets = np.full((len(pool), classes), LABEL_SMOOTHING / classes, np.float32)
+    targets[np.arange(len(pool)), chosen] += 1 - LABEL_SMOOTHING
+    targets[~taught] = 0
+    details: dict[str, Any] = {
+        "graph": f"{name}, {neighbors} neighbours",
+        "recovered": {f"{n}, {k} neighbours": score for (n, k), score in zip(graphs, recovered, strict=True)},
+        "targets_taught": float(taught.mean()),
+    }
+    hidden = (bench.truth[pool] >= 0) & ~known & taught  # for the report only: no decision looks at it
+    if hidden.any():
+        details["targets_correct"] = float((chosen == bench.truth[pool])[hidden].mean())
     return targets, details
 
 
@@ -273,7 +277,9 @@ def _unit(features: np.ndarray, groups: np.ndarray | None, components: int = 64)
     )
 
 
-def _recovered(view: np.ndarray, labels: np.ndarray, num_classes: int, seed: int, folds: int = 5) -> float:
+def _recovered(
+    view: np.ndarray, labels: np.ndarray, num_classes: int, seed: int, neighbors: int, folds: int = 5
+) -> float:
     """Share of the visible labels that the others tell when a fifth of them is hidden in turn."""
     from unfused.pretrain.unfused import propagate_labels
 
@@ -283,7 +289,7 @@ def _recovered(view: np.ndarray, labels: np.ndarray, num_classes: int, seed: int
         hidden = labels.copy()
         hidden[part] = -1
         if (hidden >= 0).any():
-            spread, _ = propagate_labels(view, hidden, num_classes=num_classes)
+            spread, _ = propagate_labels(view, hidden, neighbors=neighbors, num_classes=num_classes)
             hits += int((spread[part].argmax(1) == labels[part]).sum())
     return hits / len(rows)
 
