@@ -86,23 +86,37 @@ class Forks:
         timeout: float = 120,
     ) -> int:
         """As the module's `run_killed`, for a function."""
-        hits = 0
-        for delay in delays:
-            process = self._context.Process(target=_own_group, args=(function, *args))
-            process.start()
-            assert process.pid is not None
-            hits += _kill(process.pid, lambda p=process: p.exitcode, process.join, delay, ready, timeout)
+        hits = sum(self.kill(function, *args, delay=d, ready=ready, timeout=timeout) for d in delays)
         self.run(function, *args, timeout=timeout)
         return hits
 
-    def run_until_event(self, function: Callable[..., Any], *args: Any, folder: Path, events: int) -> bool:
-        """Run, dying at the `events`-th change of a file under `folder`; whether it died before its end."""
-        process = self._context.Process(target=_dying, args=(str(folder), events, function, *args))
+    def kill(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        delay: float,
+        ready: Callable[[], bool] = lambda: True,
+        timeout: float = 120,
+    ) -> bool:
+        """Run, killed `delay` seconds after `ready()` first holds; whether it was still running."""
+        process = self._context.Process(target=_own_group, args=(function, *args))
         process.start()
-        process.join(120)
+        assert process.pid is not None
+        return _kill(process.pid, lambda: process.exitcode, process.join, delay, ready, timeout)
+
+    def died(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> bool:
+        """Run a function that may kill itself; whether it did."""
+        process = self._context.Process(target=function, args=args)
+        process.start()
+        process.join(timeout)
         if process.exitcode not in (0, -signal.SIGKILL):
+            process.kill()
             raise RuntimeError(f"{function.__name__} ended with {process.exitcode}")
         return process.exitcode != 0
+
+    def run_until_event(self, function: Callable[..., Any], *args: Any, folder: Path, events: int) -> bool:
+        """Run, dying at the `events`-th change of a file under `folder`; whether it died before its end."""
+        return self.died(_dying, str(folder), events, function, *args)
 
 
 def _kill(
@@ -137,17 +151,25 @@ def _own_group(function: Callable[..., Any], *args: Any) -> None:
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate", "os.link"}
 
 
+def watch_changes(folder: str, changed: Callable[[str], Any]) -> None:
+    """Call `changed(path)` before each change of a file under `folder`, until this process ends."""
+
+    def watch(event: str, details: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(details[1], str) and any(c in details[1] for c in "wxa+")
+        if (writes or event in _CHANGES) and str(details[0]).startswith(folder):
+            changed(str(details[0]))
+
+    sys.addaudithook(watch)
+
+
 def _dying(folder: str, events: int, function: Callable[..., Any], *args: Any) -> None:
     left = events
 
-    def watch(event: str, details: tuple[Any, ...]) -> None:
+    def changed(path: str) -> None:
         nonlocal left
-        writes = event == "open" and isinstance(details[1], str) and any(c in details[1] for c in "wxa+")
-        if not (writes or event in _CHANGES) or not str(details[0]).startswith(folder):
-            return
         left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(watch)
+    watch_changes(folder, changed)
     function(*args)

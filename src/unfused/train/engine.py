@@ -463,8 +463,8 @@ def fit(
         `model(**batch)` returns a `ModelOutput` or dict with a scalar `loss`, and optionally `terms`, a dict
         of the numbers that make it up. Optional hooks: `on_train_begin(steps)` before the first step (and
         before a checkpoint is loaded), `on_step_end()` after each optimizer step. All state that training
-        changes must be in parameters or persistent buffers, all noise from the global generators. It is left
-        in eval mode.
+        changes must be in parameters or persistent buffers made in `__init__`, all noise from the global
+        generators. It is left in eval mode.
     data : Dataset
         Map-style, of dicts whose keys `forward` takes, e.g. an `ArrayDataset`. With a `__getitems__(indices)`
         that returns a ready batch, batches are fetched in one call.
@@ -560,7 +560,8 @@ def fit(
     folder = Path(output_dir) if output_dir is not None else None
     if folder and (done := ckpt.read_final(folder)) and done["fingerprint"] == identity:
         ckpt.load_module(folder / "model.safetensors", model)
-        ckpt.remove_leftovers(folder)
+        if int(os.environ.get("RANK", 0)) == 0:
+            ckpt.remove_leftovers(folder)
         model.eval()
         return FitResult(done["history"], steps, done["seconds"], done["peak_mib"], steps)
     with contextlib.ExitStack() as stack:
@@ -620,7 +621,11 @@ def _identity(
     identity = {
         **asdict(recipe),
         "rows": len(data),  # type: ignore[arg-type]
-        "model": {name: [str(t.dtype), *t.shape] for name, t in model.state_dict().items()},
+        "model": {
+            name: [str(t.dtype), *t.shape]
+            for name, t in model.state_dict().items()
+            if isinstance(t, torch.Tensor)
+        },
         "groups": settings,
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "fingerprint": dict(fingerprint or {}),
@@ -641,7 +646,8 @@ def _discard_unusable(folder: Path, identity: Mapping[str, Any]) -> None:
         if run is None:
             names.append(f"{path.name} is damaged")
         elif differs := ckpt.differences(run["fingerprint"], identity):
-            names.append(f"{path.name} is of another run ({'; '.join(differs)})")
+            more = [f"and {len(differs) - 3} more differences"] if len(differs) > 3 else []
+            names.append(f"{path.name} is of another run ({'; '.join(differs[:3] + more)})")
         else:
             continue
         ckpt.remove(path)
