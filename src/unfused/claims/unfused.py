@@ -124,7 +124,7 @@ def _accuracies(
         "seeds": draws or len(lab.seeds),
         **lab.pick(
             smoke={"pretrain_steps": 4, "distil_steps": 6, "fine_tune_steps": 3, "clusters": 20, "width": 8},
-            desk=SHORT if world == "esc10" else STEPS,
+            desk=STEPS if world == "fsdd" else SHORT,
         ),
     }
 
