@@ -142,7 +142,7 @@ def test_every_option_arrives(unfused, tones, tmp_path):
         (["nowhere"], "there is no such folder or manifest"),
         (["recordings", "--method", "svm"], "method='svm' is not known"),
         (["recordings", "--labels", "gone.csv"], "'gone.csv' cannot be read"),
-        (["recordings", "--labels", "columns.csv"], "has no column 'path'"),
+        (["recordings", "--labels", "columns.csv"], "has no column 'label'"),
         (["recordings", "--labels", "one.csv"], "all 2 labels are 'a'"),
         (["recordings", "--labels", "single.csv"], "there is a single label, 'a'"),
         (["recordings", "--labels", "missing.csv"], "1 of its 2 rows name no file"),

@@ -41,15 +41,15 @@ def write_tones(
 
 
 def write_pictures(folder: Path, count: int = 16) -> list[tuple[str, str]]:
-    """Noisy red and blue pictures of several sizes in two class folders."""
+    """Smooth red and blue pictures of several sizes in two class folders."""
     rng, rows = np.random.default_rng(0), []
     for number in range(count):
         kind = ("blue", "red")[number % 2]
-        pixels = rng.integers(0, 90, (20 + number, 30, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 90, (5, 5, 3), dtype=np.uint8)
         pixels[..., 2 if kind == "blue" else 0] += 150
         path = folder / kind / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
+        Image.fromarray(pixels).resize((40, 30 + number)).save(path)
         rows.append((path.relative_to(folder).as_posix(), kind))
     return rows
 

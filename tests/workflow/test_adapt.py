@@ -66,8 +66,7 @@ def test_answers_survive_every_spelling_and_a_second_round(tones, adapt_tiny):
     asked = [row["path"] for row in run.to_label]
     file = run.path / "to_label.csv"
     file.write_text(
-        "\ufeffPath;Label;cluster;reason\n"
-        + "".join(f"{p};{'ab'[i % 2]};0;x\n" for i, p in enumerate(asked[:6])),
+        "Path;Label;cluster;reason\n" + "".join(f"{p};{'ab'[i % 2]};0;x\n" for i, p in enumerate(asked[:6])),
         encoding="utf-16",
     )
     assert adapt_tiny(tones).metrics["data"]["labels_used"] == 6
@@ -522,7 +521,7 @@ def test_labels_that_make_no_classifier(tones, tmp_path, adapt_tiny, rows, messa
         (dict(name="a/b"), "name='a/b'"),
         (dict(name=".."), "name='..'"),
         (dict(labels_per_class=2), "labels_per_class needs labels"),
-        (dict(test="0.2"), "test='0.2'"),
+        (dict(test="0.2"), "test=0.2: there are no labels"),
         (dict(test="s=s9", group=SPEAKER), "no file has s 's9'; there are 's0', 's1', 's2'"),
         (
             dict(group="speaker"),

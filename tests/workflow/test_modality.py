@@ -108,7 +108,7 @@ def test_headers_that_cannot_be_read_do_not_stop_it(tmp_path):
     (folder / "text.wav").write_text("hello")
     os.mkfifo(folder / "pipe.wav")
     (folder / "gone.wav").symlink_to("nowhere.wav")
-    (folder / "00.wav").rename(os.path.join(os.fsencode(folder), b"\xff.wav"))
+    (folder / "00.wav").rename(folder / os.fsdecode(b"\xff.wav"))
     manifest = read_manifest(folder)
     assert len(manifest) == 4
     assert choose_front_end(manifest).sampling_rate == 16000

@@ -163,7 +163,9 @@ def test_pipeline_of_pictures(pictures):
     classify = transformers.pipeline("image-classification", model=str(run.path / "model"))
     scores = {row["label"]: row["score"] for row in classify(str(path))}
     expected = run.model.predict_proba([path])[0]
-    np.testing.assert_allclose([scores[name] for name in run.model.classes], expected, atol=1e-3)
+    np.testing.assert_allclose(
+        [scores[name] for name in run.model.classes], expected, atol=0.01
+    )  # it crops to whole pixels
 
 
 def test_by_the_code_saved_in_the_folder(sounds, tmp_path):

@@ -159,6 +159,7 @@ def adapt(
     with Console(progress) as console, _sole_user(path, settings):
         quarantine = Quarantine()
         run = RunFolder(path, console.stage)
+        run.remove_leftovers()
         modality, corpus, groups = _read(settings, path, quarantine, cache, console)
         labels_known = _labels(corpus, run)
         classes = sorted({label for label in labels_known if label is not None})

@@ -46,6 +46,11 @@ class RunFolder:
     on_stage: Callable[[str, bool], None] = lambda name, reused: None
     results: list[StageResult] = field(default_factory=list)
 
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files of writers that were killed."""
+        for file in [*self.path.glob(".tmp-*"), *(self.path / "stages").rglob(".tmp-*")]:
+            file.unlink(missing_ok=True)
+
     def stage(
         self, name: str, depends_on: Any, compute: Callable[[Path], dict[str, Any] | None]
     ) -> StageResult:
