@@ -59,3 +59,18 @@ def inputs():
     generator = torch.Generator().manual_seed(1)
     kinds = torch.randn(4, 1, MELS, FRAMES, generator=generator)
     return kinds.repeat_interleave(6, 0) + 0.3 * torch.randn(24, 1, MELS, FRAMES, generator=generator)
+
+
+class TwoViews(torch.nn.Module):
+    """Gives the input at the first call and its mirror image at the second."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x if self.calls % 2 else x.flip(3)
+
+
+@pytest.fixture
+def two_views():
+    return TwoViews()

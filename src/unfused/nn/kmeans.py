@@ -193,8 +193,20 @@ def kmeans(
     centroids = _lloyd(x, centroids, iterations)
     if balanced:
         return _balance(x, centroids, iterations)
-    distances, ids = nearest(x, centroids)
-    return centroids, ids[:, 0], distances[:, 0]
+    return _fill(x, centroids)
+
+
+def _fill(x: Array, centroids: Array) -> tuple[Array, Array, Array]:
+    """Assign; a centroid that is left without members moves to the item that lies farthest from its own."""
+    for _ in range(len(centroids)):
+        distances, ids = (found[:, 0] for found in nearest(x, centroids))
+        sizes = np.bincount(ids, minlength=len(centroids))
+        movable = np.where(sizes[ids] > 1, distances, -1)
+        if sizes.all() or movable.max() <= 0:  # or nothing but copies of the centroids is left
+            break
+        centroids = centroids.copy()
+        centroids[sizes.argmin()] = x[movable.argmax()]
+    return centroids, ids, distances
 
 
 def _start(x: Array, k: int, rng: np.random.Generator) -> Array:
