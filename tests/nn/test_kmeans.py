@@ -29,6 +29,7 @@ def test_its_inertia_is_scikit_learns(seed, k):
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 2**31 - 1), st.integers(1, 40), st.booleans())
 @example(12274979, 9, True)  # once left an empty cluster
+@example(3015, 28, True)  # once split a cluster that was new itself
 def test_every_cluster_has_a_member_and_ids_are_nearest(seed, k, outliers):
     x = normal(80, 3, seed=seed)
     if outliers:

@@ -258,7 +258,7 @@ def _means(x: Array, ids: Array, distances: Array, k: int) -> tuple[Array, bool]
         means[cluster], means[largest] = means[largest] + step, means[largest] - step
         distances[farthest] = 0
         counts[largest] //= 2
-        counts[cluster] = counts[largest]
+        counts[cluster] = 0  # its items are still listed under the other half, which may be split again
         reseeded = True
     return means, reseeded
 
