@@ -13,6 +13,7 @@ import pytest
 from unfused.workflow.settings import METHODS, TEACHERS
 
 SPEAKER = r"_(s\d)"
+CHEAP = dict(method="classic", teacher="random")
 
 
 def fresh(folder: Path, rows: list[tuple[str, str]]) -> Path:
@@ -185,6 +186,14 @@ def test_saved_data_set(tmp_path, tones, adapt_tiny):
     assert run.metrics["data"]["labelled"] == 12
 
 
+def test_without_a_source_it_is_the_sample(adapt_tiny):
+    run = adapt_tiny(method="classic", teacher="random")
+    data = run.metrics["data"]
+    assert (run.path.name, data["usable"], data["groups"], len(data["classes"])) == ("sample", 720, 36, 10)
+    assert data["labels_used"] == 50 and 100 < data["held_out"] < 200
+    assert run.metrics["methods"]["classic"]["accuracy"]["mean"] > 0.2
+
+
 # --- metrics ---------------------------------------------------------------------------------------------
 
 
@@ -309,7 +318,7 @@ def test_test_as_fraction_file_and_group(tones, tmp_path, adapt_tiny):
         (tmp_path / "held.txt", None, 3),
         ("s=s2", SPEAKER, 6),
     ):
-        run = adapt_tiny(tones, labels, test=test, group=group, method="classic")
+        run = adapt_tiny(tones, labels, test=test, group=group, **CHEAP)
         assert run.metrics["data"]["held_out"] == expected, test
         assert run.metrics["data"]["labels_used"] == 24 - expected
     rows = corpora.read_rows(
@@ -326,14 +335,14 @@ def test_test_as_fraction_file_and_group(tones, tmp_path, adapt_tiny):
         ("path", "label", "speaker"),
     )
     try:
-        run = adapt_tiny(manifest, group="speaker", test="speaker=s0,s1", method="classic")
+        run = adapt_tiny(manifest, group="speaker", test="speaker=s0,s1", **CHEAP)
     finally:
         manifest.unlink()
     assert (run.metrics["data"]["groups"], run.metrics["data"]["held_out"]) == (3, 18)
 
 
 def test_inductive_keeps_held_out_files_out_of_the_pool(tones, adapt_tiny):
-    run = adapt_tiny(tones, tones.parent / "labels.csv", test="0.25", inductive=True)
+    run = adapt_tiny(tones, tones.parent / "labels.csv", test="0.25", inductive=True, **CHEAP)
     assert run.metrics["data"]["protocol"] == "inductive"
     assert run.metrics["data"]["pool"] == 18
     rows = corpora.read_rows(run.path / "pseudo_labels.csv")
@@ -360,14 +369,14 @@ def test_split_that_comes_with_the_data(tones, tmp_path, adapt_tiny):
         for p in sorted(tones.iterdir())
     ]
     manifest = corpora.write_labels(tmp_path / "list.csv", rows, ("path", "label", "split", "speaker"))
-    assert adapt_tiny(manifest, method="classic").metrics["data"]["held_out"] == 6
+    assert adapt_tiny(manifest, **CHEAP).metrics["data"]["held_out"] == 6
     with pytest.raises(ValueError, match="the split that comes with the data divides 2 groups, such as 's0'"):
-        adapt_tiny(manifest, method="classic", group="speaker")
+        adapt_tiny(manifest, **CHEAP, group="speaker")
 
 
 def test_groups_that_cannot_be_divided_do_not_stop_a_run(tones, adapt_tiny):
     with pytest.warns(UserWarning, match="nothing is held out, and accuracy will not be known"):
-        run = adapt_tiny(tones, tones.parent / "labels.csv", group=r"\.(wav)", method="classic")
+        run = adapt_tiny(tones, tones.parent / "labels.csv", group=r"\.(wav)", **CHEAP)
     assert run.metrics["methods"]["classic"]["accuracy"] == {"mean": None, "interval": None, "seeds": []}
 
 
@@ -384,6 +393,20 @@ def test_every_teacher(tones, adapt_tiny, teacher):
         run.metrics["stages"]["pretrain"]["dim"] == run.model.config.dim
         or run.metrics["stages"]["pretrain"]["dim"] > 0
     )
+
+
+@pytest.mark.parametrize("teacher", [name for name in TEACHERS if name != "contrastive"])
+def test_every_teacher_of_pictures(tmp_path, adapt_tiny, teacher):
+    corpora.write_pictures(tmp_path / "pictures")
+    run = adapt_tiny(tmp_path / "pictures", teacher=teacher, method="linear-probe,fine-tune")
+    assert run.metrics["methods"]["linear-probe"]["accuracy"]["mean"] is not None
+    assert run.model.predict([tmp_path / "pictures" / "red" / "1.png"])[0] in ("blue", "red")
+
+
+def test_foreign_teacher_of_pictures(tmp_path, adapt_tiny, wav2vec):
+    corpora.write_pictures(tmp_path / "pictures")
+    with pytest.raises(ValueError, match="teacher: a transformers encoder can only teach recordings"):
+        adapt_tiny(tmp_path / "pictures", teacher=wav2vec)
 
 
 @pytest.fixture(scope="module")
@@ -412,6 +435,23 @@ def test_foreign_teacher(tones, adapt_tiny, wav2vec):
     assert run.model.predict([tones / "00_s0.wav"])[0] in corpora.CLASSES
     stamps = corpora.computed(run.path)
     assert corpora.computed(adapt_tiny(tones, labels, teacher=wav2vec, method=methods).path) == stamps
+
+
+def test_a_file_that_vanishes_before_a_foreign_teacher_hears_it(tmp_path, adapt_tiny, wav2vec, monkeypatch):
+    from unfused.workflow import unlabelled
+
+    corpora.write_tones(tmp_path / "recordings", 8)
+    pretrain = unlabelled.pretrain
+
+    def vanish(*args):
+        (tmp_path / "recordings" / "03_s1.wav").unlink()
+        return pretrain(*args)
+
+    monkeypatch.setattr(unlabelled, "pretrain", vanish)
+    with pytest.raises(ValueError, match=r"03_s1\.wav: no such file .*; run the same command again"):
+        adapt_tiny(tmp_path / "recordings", teacher=wav2vec)
+    monkeypatch.setattr(unlabelled, "pretrain", pretrain)
+    assert adapt_tiny(tmp_path / "recordings", teacher=wav2vec).metrics["data"]["usable"] == 7
 
 
 def test_our_own_model_as_teacher(tones, adapt_tiny):

@@ -1,10 +1,8 @@
-"""A saved model: from Python, through transformers, and without us by the code saved beside it."""
+"""A saved model on files, from Python and through transformers (without us: `tests/nn/test_audio_model.py`)."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import corpora
@@ -166,38 +164,6 @@ def test_pipeline_of_pictures(pictures):
     np.testing.assert_allclose(
         [scores[name] for name in run.model.classes], expected, atol=0.01
     )  # it crops to whole pixels
-
-
-def test_by_the_code_saved_in_the_folder(sounds, tmp_path):
-    """Another process, where unfused cannot be imported."""
-    folder, run = sounds
-    wave = folder / "0" / "01_s0.wav"
-    code = (
-        "import sys, soundfile\n"
-        "from transformers import pipeline\n"
-        f"classify = pipeline('audio-classification', model={str(run.path / 'model')!r}, trust_remote_code=True)\n"
-        f"wave, rate = soundfile.read({str(wave)!r}, dtype='float32')\n"
-        "rows = classify({'raw': wave, 'sampling_rate': rate}, top_k=3)\n"
-        "assert 'unfused' not in sys.modules\n"
-        "print(*(f\"{row['label']}={row['score']:.5f}\" for row in sorted(rows, key=lambda row: row['label'])))\n"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    # -P and an empty folder: neither this repository nor an installed copy of it is to be found by chance
-    blocked = "import sys; sys.modules['unfused'] = None\n" + code.replace(
-        "assert 'unfused' not in sys.modules", ""
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", blocked],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [float(part.split("=")[1]) for part in done.stdout.split()]
-    np.testing.assert_allclose(found, run.model.predict_proba([wave])[0], atol=1e-3)
 
 
 def test_model_card(sounds):

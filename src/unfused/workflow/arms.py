@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from unfused.data.files import BadFile, printable
 from unfused.train.data import ArrayDataset
 from unfused.workflow.modality import Corpus, Inputs, Modality
 
@@ -66,11 +67,15 @@ class Bench:
                 "teacher: a transformers encoder can only teach recordings; give an objective's name"
             )
         manifest = self.corpus.manifest
+
+        def read(path: str) -> np.ndarray:
+            try:
+                return decode(manifest.root / path, sampling_rate)
+            except BadFile as error:  # it was good when the run began
+                raise ValueError(f"{printable(path)}: {error.reason}; run the same command again") from None
+
         for start in range(0, len(rows), chunk):
-            yield [
-                decode(manifest.root / manifest.paths[row], sampling_rate)
-                for row in rows[start : start + chunk]
-            ]
+            yield [read(manifest.paths[row]) for row in rows[start : start + chunk]]
 
     @property
     def classic_input(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -19,6 +20,14 @@ def fingerprint(value: Any) -> str:
     """A short hash of anything JSON can write; two equal settings give equal hashes."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+
+
+def _wait_for_the_disk(folder: Path) -> None:
+    """After a power cut there must be no `done.json` without the arrays that it stands for."""
+    for file in folder.iterdir():
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
 
 
 @dataclass
@@ -75,6 +84,7 @@ class RunFolder:
             begin = time.perf_counter()
             info = {"key": key, **(compute(folder) or {})}
             info.setdefault("seconds", round(time.perf_counter() - begin, 3))
+            _wait_for_the_disk(folder)
             write_json(done, info)
             result = StageResult(name, folder, key, info, reused=False)
         if result.reused:
