@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from unfused.data.files import read_json
-from unfused.workflow.arms import Bench, PoolDataset
+from unfused.workflow.arms import Bench, PoolDataset, predict_clips
 from unfused.workflow.modality import Corpus, Inputs, Modality
 from unfused.workflow.settings import TEACHERS
 
@@ -197,7 +197,6 @@ def open_clusters(folder: Path) -> Any:
 
 def distil(bench: Bench, folder: Path) -> dict[str, Any]:
     """A freshly initialised student learns the cluster ids, its deepest classifier teaching the shallow ones."""
-    from unfused.nn.encoders import embed_all
     from unfused.pretrain.unfused import UnFuSeD
     from unfused.train.checkpoint import save_module
 
@@ -213,10 +212,7 @@ def distil(bench: Bench, folder: Path) -> dict[str, Any]:
         objective, data, output_dir=folder / "train", steps=bench.steps["distil"], seed=bench.seed
     )
     save_module(folder / "encoder.safetensors", objective.encoder)
-    head = objective.classifier.eval()
-    with torch.inference_mode():
-        embedded = torch.from_numpy(embed_all(objective.encoder, bench.inputs.values))
-        probabilities = bench.inputs.pool(head(embedded).softmax(-1).numpy(), len(bench.corpus))
+    probabilities = predict_clips(bench, objective.encoder, objective.classifier)
     np.save(folder / "probabilities.npy", probabilities)
     return {
         "parameters": sum(p.numel() for p in objective.parameters()),
