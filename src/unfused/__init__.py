@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from unfused._lazy import lazy_exports
+from unfused.nn.peft_register import announce
 from unfused.nn.register import install_hook
 
 __version__ = "0.1.0"
@@ -17,3 +20,4 @@ __getattr__, __dir__, __all__ = lazy_exports(
 )
 
 install_hook()
+announce("unfused.adapters", Path(__file__).parent / "adapters")
