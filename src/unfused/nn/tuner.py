@@ -322,6 +322,12 @@ class TunerModel(BaseTuner):
             f"target_modules: {key!r} is a {type(target).__name__}; {type(config).__name__} adapts {', '.join(known)}"
         )
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """PEFT's own copies `weight` over, which a wrapped block or a head of several layers does not have."""
+        setattr(parent, child_name, new_module)
+
     def _check_merge_allowed(self) -> None:
         if self.not_mergeable:
             raise ValueError(
