@@ -342,11 +342,17 @@ class TunerModel(BaseTuner):
     # -- loading -----------------------------------------------------------------------------------------------------
 
     @classmethod
+    def unpack_file(cls, config: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The layers' entries from a file's, where `_get_adapter_state_dict` packs them; ValueError for what cannot be."""
+        return state
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """PEFT's hook, with a check of the file before any weight is touched; a bad one leaves the model as it was."""
         try:
+            state_dict = cls.unpack_file(config, state_dict)
             for name, layer in model.named_modules():
                 if isinstance(layer, TunerLayer):
                     starts = (f"{name}.", f"base_model.model.{name}.")
