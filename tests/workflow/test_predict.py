@@ -169,3 +169,28 @@ def test_pipeline_of_pictures(pictures):
 def test_model_card(sounds):
     text = (Path(sounds[1].path) / "model" / "README.md").read_text()
     assert text.startswith("---\n") and "audio-classification" in text and "unfused" in text
+
+
+def test_push_to_hub_uploads_the_folder_with_our_card(sounds, monkeypatch):
+    import huggingface_hub
+
+    calls = {}
+
+    class Api:
+        def __init__(self, token=None):
+            calls["token"] = token
+
+        def create_repo(self, repo_id, **how):
+            calls["repo"] = repo_id, how
+            return type("Repo", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            calls["files"] = repo_id, {p.name for p in Path(folder_path).iterdir()}
+            return type("Commit", (), {"commit_url": "https://hub/commit"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    _, run = sounds
+    assert load(run.path).push_to_hub("birds", private=True, token="t") == "https://hub/commit"
+    assert calls["repo"] == ("birds", {"private": True, "exist_ok": True}) and calls["token"] == "t"
+    repo, files = calls["files"]
+    assert repo == "me/birds" and {"README.md", "model.safetensors", "preprocessor_config.json"} <= files

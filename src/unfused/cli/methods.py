@@ -32,9 +32,13 @@ def _print_table(found: list[Method]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from unfused.claims._runner import stale
+
     table = Table("method", "family", "what it does", "needs", "claim", box=None, pad_edge=False)
     for m in found:
         verdict = m.claim.get("verdict", "recorded") if m.claim else "not run"
+        if m.claim and any(stale(section) for section in m.claim["sections"]):
+            verdict += " (stale)"
         table.add_row(m.slug, m.family, m.summary, ", ".join(m.needs), str(verdict))
     console = Console()
     if not console.is_terminal:

@@ -17,8 +17,8 @@ __all__ = ["AdaptedModel", "load"]
 class AdaptedModel:
     """A classifier that `adapt` made, with the reading of files around it.
 
-    Every attribute that is not here is that of the transformers model inside (`config`, `save_pretrained`,
-    `push_to_hub`, ...), and calling it calls that model.
+    Every attribute that is not here is that of the transformers model inside (`config`, `save_pretrained`, ...), and
+    calling it calls that model.
 
     Parameters
     ----------
@@ -74,6 +74,30 @@ class AdaptedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload the folder as it is: weights, config, feature extractor, model code and the card of the run.
+
+        Parameters
+        ----------
+        repo_id : str
+            "name" or "owner/name"; made if it does not exist.
+        private, token : optional
+            As in `huggingface_hub`.
+
+        Returns
+        -------
+        str
+            Address of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo.repo_id, folder_path=self.folder, commit_message="Made by unfused adapt"
+        )
+        return str(done.commit_url)
 
     @property
     def classes(self) -> list[str]:
