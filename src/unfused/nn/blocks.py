@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["Block", "transformer_blocks"]
+__all__ = ["Block", "module_at", "transformer_blocks"]
 
 ATTENTION = ("attention", "self_attn", "attn", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn")
@@ -24,6 +24,7 @@ NORM1 = (
     "layer_norm1",
     "norm1",
     "attention.output.LayerNorm",
+    "self_attn_layer_norm",
     "layer_norm",
 )
 NORM2 = (
@@ -34,6 +35,15 @@ NORM2 = (
     "norm2",
     "output.LayerNorm",
     "final_layer_norm",
+)
+POST_NORM = (  # blocks with the names of pre-norm ones whose norms come after the residual sums all the same
+    "BartEncoderLayer",
+    "BartDecoderLayer",
+    "MarianEncoderLayer",
+    "MarianDecoderLayer",
+    "Wav2Vec2EncoderLayer",
+    "HubertEncoderLayer",
+    "WavLMEncoderLayer",
 )
 
 
@@ -52,7 +62,7 @@ class Block:
     norm1, norm2 : str
         Norms of attention and MLP, before or after them.
     post_norm : bool
-        Whether the norms come after the residual sums (BERT).
+        Whether the norms come after the residual sums (BERT, BART, wav2vec 2.0 base).
     """
 
     name: str
@@ -92,6 +102,14 @@ def transformer_blocks(model: nn.Module) -> list[Block]:
     return blocks
 
 
+def module_at(model: nn.Module, name: str) -> nn.Module:
+    """The module of a `Block`'s name, PEFT's wrapping on the way to it and around it taken off."""
+    found = _find(model, (name,))[1]
+    if found is None:
+        raise ValueError(f"{type(model).__name__} has no module {name!r}")
+    return found
+
+
 def _block(name: str, module: nn.Module) -> Block | None:
     attention, inside_attention = _find(module, ATTENTION)
     mlp, inside_mlp = _find(module, MLP)
@@ -123,7 +141,8 @@ def _block(name: str, module: nn.Module) -> Block | None:
         mlp_out=at(mlp, around_mlp, MLP_OUT),
         norm1=at(None, module, NORM1),
         norm2=at(None, module, NORM2),
-        post_norm=_find(module, ("attention.output.LayerNorm",))[0] is not None,
+        post_norm=_find(module, ("attention.output.LayerNorm",))[0] is not None
+        or type(module).__name__ in POST_NORM,
     )
 
 

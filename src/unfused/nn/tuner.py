@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft.config import PeftConfig
@@ -93,6 +93,11 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     adapter_buffers: ClassVar[tuple[str, ...]] = ()
     adapter_settings: ClassVar[tuple[str, ...]] = ()
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The containers named above, which a type checker would take for tensors."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.adapter_layer_names = (*cls.adapter_parameters, *cls.adapter_modules)
@@ -113,6 +118,11 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self._unmerged: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    if TYPE_CHECKING:  # the containers, which have a name of their own in every method
+
+        def __getattr__(self, name: str) -> Any: ...
+        def get_base_layer(self) -> Any: ...
 
     # -- what a method writes ----------------------------------------------------------------------------------------
 
@@ -300,7 +310,7 @@ class TunerModel(BaseTuner):
             if isinstance(target, TunerLayer)
             else self.make_layer(peft_config, adapter_name, target, current_key)
         )
-        layer.update_layer(adapter_name, peft_config)
+        self.extend_layer(layer, adapter_name, peft_config, current_key)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.set_adapter(layer.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
@@ -327,6 +337,10 @@ class TunerModel(BaseTuner):
     ) -> None:
         """PEFT's own copies `weight` over, which a wrapped block or a head of several layers does not have."""
         setattr(parent, child_name, new_module)
+
+    def extend_layer(self, layer: TunerLayer, adapter_name: str, config: Any, key: str) -> None:
+        """Add an adapter to a layer; override where the layer needs to know more than the config."""
+        layer.update_layer(adapter_name, config)
 
     def _check_merge_allowed(self) -> None:
         if self.not_mergeable:
