@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import typer
 
@@ -32,16 +33,23 @@ def _print_table(found: list[Method]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from unfused.claims._runner import stale
-
     table = Table("method", "family", "what it does", "needs", "claim", box=None, pad_edge=False)
     for m in found:
-        verdict = m.claim.get("verdict", "recorded") if m.claim else "not run"
-        if m.claim and any(stale(section) for section in m.claim["sections"]):
-            verdict += " (stale)"
-        table.add_row(m.slug, m.family, m.summary, ", ".join(m.needs), str(verdict))
+        table.add_row(m.slug, m.family, m.summary, ", ".join(m.needs), _verdict(m.claim))
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a pipe has no width: do not wrap at 80
     console.print(table)
     console.print(f"{len(found)} method{'' if len(found) == 1 else 's'}", style="dim")
+
+
+def _verdict(claim: dict[str, Any] | None) -> str:
+    """One or two words: what the recorded run of the claim said."""
+    from unfused.claims._runner import stale
+
+    if not claim:
+        return "not run"
+    sections = claim["sections"]
+    held = sum(bool(section["holds"]) for section in sections)
+    word = f"{held} of {len(sections)} hold" if len(sections) > 1 else "holds" if held else "refuted"
+    return word + (" (stale)" if any(stale(section) for section in sections) else "")
