@@ -61,7 +61,7 @@ def peft_type(method: str) -> Any:
 
     name = f"unfused_{method}".upper()
     if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
+        member: Any = str.__new__(PeftType, name)
         member._name_, member._value_, member._sort_order_ = name, name, len(PeftType.__members__)
         PeftType._member_map_[name] = member
         PeftType._member_names_.append(name)
@@ -76,12 +76,14 @@ def announce(package: str, folder: str | Path) -> None:
     def put_stand_ins() -> None:
         from peft import mapping
 
+        configs: Any = mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+        tuners: Any = mapping.PEFT_TYPE_TO_TUNER_MAPPING
         for file in public_modules(Path(folder)):
             for method, config_name, model_name in _registrations(file):
                 member, module = peft_type(method), f"{package}.{file.stem}"
                 mapping.PEFT_TYPE_TO_PREFIX_MAPPING.setdefault(member, f"unfused_{method}_")
-                mapping.PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(member, _StandIn(module, config_name))
-                mapping.PEFT_TYPE_TO_TUNER_MAPPING.setdefault(member, _StandIn(module, model_name))
+                configs.setdefault(member, _StandIn(module, config_name))
+                tuners.setdefault(member, _StandIn(module, model_name))
 
     when_imported("peft", put_stand_ins)
 

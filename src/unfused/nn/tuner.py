@@ -93,11 +93,6 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     adapter_buffers: ClassVar[tuple[str, ...]] = ()
     adapter_settings: ClassVar[tuple[str, ...]] = ()
 
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """The containers named above, which a type checker would take for tensors."""
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.adapter_layer_names = (*cls.adapter_parameters, *cls.adapter_modules)
@@ -231,7 +226,7 @@ class TunerModel(BaseTuner):
 
     prefix: str = ""
     tuner_layer_cls = TunerLayer
-    target_module_mapping: ClassVar[dict[str, Any]] = {}
+    target_module_mapping: dict[str, Any] = {}
     layer_types: ClassVar[tuple[tuple[Any, type[TunerLayer]], ...]] = ()
     not_mergeable: ClassVar[str] = ""
 
@@ -270,7 +265,7 @@ class TunerModel(BaseTuner):
     def default_targets(self, config: Any, model_config: dict) -> Any:
         """Targets where the user names none: by `model_type`; override to look at the model."""
         kind = model_config.get("model_type")
-        found = self.target_module_mapping.get(kind)
+        found = self.target_module_mapping.get(str(kind))
         if found is None:
             raise ValueError(
                 f"target_modules is not given, and {type(config).__name__} has no default for model type {kind!r}: name the "
@@ -419,7 +414,7 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
         return
-    tuner = model.base_model
+    tuner: Any = model.base_model
     before = tuner.__dict__.get("_trainable_before", [])
     tuner.unload()
     for parameter in before:
