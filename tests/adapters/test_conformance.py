@@ -330,11 +330,10 @@ def test_hostile_file(name, kind, damage, tmp_path):
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     state = load_file(file)
-    key = (
-        next(key for key in sorted(state) if state[key].is_floating_point() and state[key].numel() > 1)
-        if damage == "nan"
-        else sorted(state)[0]
-    )
+    floats = [key for key in sorted(state) if state[key].is_floating_point() and state[key].numel() > 1]
+    if damage == "nan" and not floats:
+        pytest.skip("no number in this file could be NaN")
+    key = floats[0] if damage == "nan" else sorted(state)[0]
     if damage == "shape":
         state[key] = torch.cat([state[key].reshape(-1), state[key].reshape(-1), state[key].reshape(-1)[:1]])
     elif damage == "missing":
