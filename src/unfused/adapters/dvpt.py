@@ -28,13 +28,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from unfused.nn.blocks import Block, transformer_blocks
+from unfused.nn.bottleneck import features
 from unfused.nn.peft_register import register
+from unfused.nn.towers import find_tower
 from unfused.nn.tuner import TunerConfig, TunerLayer, TunerModel
 
 __all__ = ["DvptConfig", "DvptModel", "cross_entropy_dice"]
@@ -278,16 +280,6 @@ class ReadoutLayer(DvptLayer):
         return torch.cat([mean.expand(-1, k, -1), x[:, k:-m]], 1)
 
 
-class Tower(NamedTuple):
-    """A vision transformer inside a model; `embeddings` and `norm` are empty in a hierarchical one."""
-
-    blocks: list[Block]
-    embeddings: str = ""
-    norm: str = ""
-    class_tokens: int = 0
-    kind: str = ""
-
-
 class DvptModel(TunerModel):
     """Puts `DvptLayer`s around the embeddings, norms and MLPs of a vision transformer."""
 
@@ -295,12 +287,7 @@ class DvptModel(TunerModel):
     not_mergeable = "it adds tokens to the sequence and a nonlinear module; serve the model with its adapter"
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> DvptConfig:
-        tower = _find_tower(self.model)
-        few = 10 if tower.kind else None
-        peft_config.num_virtual_tokens = peft_config.num_virtual_tokens or few or 50
-        peft_config.bottleneck_size = peft_config.bottleneck_size or few or 20
-        peft_config.share_every = peft_config.share_every or SHARED_BY.get(tower.kind, 3)
-        places = _places(self.model, tower, peft_config)
+        places = _places(self.model, peft_config)
         targets = "|".join(map(re.escape, places))
         if peft_config.target_modules not in (None, targets):
             raise ValueError(
@@ -326,66 +313,48 @@ class DvptModel(TunerModel):
         super().set_adapter(adapter_name, inference_mode)
 
 
-def _find_tower(model: nn.Module) -> Tower:
-    blocks = [
-        block for block in transformer_blocks(model) if block.mlp and block.norm2 and not block.post_norm
-    ]
+def _hierarchical(model: nn.Module) -> tuple[str, list[Block]]:
+    """The class of a hierarchical backbone's blocks, and those; ("", []) in all other models."""
     for kind in SHARED_BY:
-        if found := [b for b in blocks if type(model.get_submodule(b.name)).__name__ == kind]:
-            return Tower(found, kind=kind)
-    for name, module in model.named_modules():
-        start = f"{name}." if name else ""
-        embeddings = getattr(module, "embeddings", None)
-        embeddings = getattr(embeddings, "base_layer", embeddings)
-        tokens = [t for t in ("cls_token", "class_embedding", "distillation_token") if hasattr(embeddings, t)]
-        norm = next((n for n in ("layernorm", "post_layernorm") if hasattr(module, n)), "")
-        own = [block for block in blocks if block.name.startswith(start)]
-        if tokens and norm and own:
-            return Tower(own, f"{start}embeddings", f"{start}{norm}", len(tokens))
-    raise ValueError(
-        f"{type(model).__name__} is no vision transformer that DVPT knows: one with [CLS] token, embeddings and final norm "
-        "(ViT, DeiT, CLIP, AST), Swin or SegFormer"
-    )
+        blocks = [b for b in transformer_blocks(model) if type(model.get_submodule(b.name)).__name__ == kind]
+        if blocks:
+            return kind, blocks
+    return "", []
 
 
-def _places(model: nn.Module, tower: Tower, config: Any) -> dict[str, Place]:
-    """Full name -> place of all that is wrapped."""
-    wanted = config.layers_to_transform
-    indices = (
-        range(len(tower.blocks))
-        if wanted is None
-        else [wanted]
-        if isinstance(wanted, int)
-        else sorted(set(wanted))
-    )
-    if not indices or not 0 <= indices[0] <= indices[-1] < len(tower.blocks):
-        raise ValueError(f"layers_to_transform={wanted}: give indices from 0 to {len(tower.blocks) - 1}")
+def _places(model: nn.Module, config: Any) -> dict[str, Place]:
+    """Full name -> place of all that is wrapped; sizes that the config leaves open are filled in."""
+    kind, blocks = _hierarchical(model)
+    tower = None if kind else find_tower(model)
+    if tower is not None:
+        blocks = tower.blocks
+    elif not kind:
+        raise ValueError(
+            f"{type(model).__name__} is no vision transformer that DVPT knows: one with [CLS] token, embeddings and final "
+            "norm (ViT, DeiT, CLIP, AST), Swin or SegFormer"
+        )
+    config.num_virtual_tokens = config.num_virtual_tokens or (10 if kind else 50)
+    config.bottleneck_size = config.bottleneck_size or (10 if kind else 20)
+    config.share_every = config.share_every or SHARED_BY.get(kind, 3)
+    wanted, last = config.layers_to_transform, len(blocks) - 1
+    chosen = range(last + 1) if wanted is None else sorted({wanted} if isinstance(wanted, int) else {*wanted})
+    if not chosen or chosen[0] < 0 or chosen[-1] > last:
+        raise ValueError(f"layers_to_transform={wanted}: give indices from 0 to {last}")
     places: dict[str, Place] = {}
-    for _, stage in groupby(
-        (tower.blocks[i] for i in indices), key=lambda block: block.name.rpartition(".")[0]
-    ):
+    for _, stage in groupby((blocks[i] for i in chosen), key=lambda block: block.name.rpartition(".")[0]):
         for position, block in enumerate(stage):
             if position % config.share_every == 0:
                 leader: dict[str, MlpLayer] = {}
-            handover = Handover()
-            norm: Any = model.get_submodule(block.norm2)
-            common: dict[str, Any] = {
-                "dim": getattr(norm, "base_layer", norm).weight.shape[0],
-                "block": handover,
-                "hierarchical": tower.kind,
-            }
-            places[block.norm2] = Place(NormLayer, **common)
-            places[block.mlp] = Place(MlpLayer, leader=leader, **common)
-    if not tower.kind:
-        dim = next(iter(places.values())).dim
+            dim, handover = features(model.get_submodule(block.norm2))[0], Handover()
+            places[block.norm2] = Place(NormLayer, dim, block=handover, hierarchical=kind)
+            places[block.mlp] = Place(MlpLayer, dim, leader, handover, hierarchical=kind)
+    if tower is not None:
         places[tower.embeddings] = Place(EmbeddingsLayer, dim)
         places[tower.norm] = Place(ReadoutLayer, class_tokens=tower.class_tokens)
         if tower.norm.endswith("post_layernorm"):  # CLIP applies it to [CLS] alone
-            if indices[-1] != len(tower.blocks) - 1:
-                raise ValueError(
-                    f"layers_to_transform={wanted}: CLIP's readout needs the last block, {len(tower.blocks) - 1}, among them"
-                )
-            places[tower.norm].tower = places[tower.blocks[-1].mlp].tower = Handover()
+            if chosen[-1] != last:
+                raise ValueError(f"layers_to_transform={wanted}: CLIP's readout needs the last block, {last}")
+            places[tower.norm].tower = places[blocks[-1].mlp].tower = Handover()
     return places
 
 
