@@ -176,7 +176,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         bias_now = getattr(base, "bias", None)
         weight, bias = base.weight.data, None if bias_now is None else bias_now.data
-        original = (weight, bias)
+        original = (base.weight, bias_now)
         with torch.no_grad():
             for name in names:
                 weight, bias = self.merged_weights(name, weight, bias)
@@ -196,15 +196,13 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def _set_weights(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """As new parameters, so that a module tied to this one (an output layer to its embedding) stays as it is."""
         base = self.get_base_layer()
-        base.weight.data = weight
-        if bias is None:
-            if getattr(base, "bias", None) is not None:
-                base.bias = None
-        elif base.bias is None:
-            base.bias = nn.Parameter(bias, requires_grad=False)
-        else:
-            base.bias.data = bias
+        for name, value in (("weight", weight), ("bias", bias)):
+            if value is not None and not isinstance(value, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=False)
+            if value is not None or getattr(base, name, None) is not None:
+                setattr(base, name, value)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         """Of a wrapped block, too, which has no `weight`."""
