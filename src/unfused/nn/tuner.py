@@ -14,6 +14,7 @@ PEFT; hostile adapter files, exact unmerging, `target_modules="all"` and the hoo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -347,6 +348,11 @@ class TunerModel(BaseTuner):
         super().merge_adapter(adapter_names, safe_merge)
 
     # -- loading -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Of modules that have parts of their own, too: PEFT's looks for the name at the end of the key."""
+        return re.sub(rf"(\.{cls.prefix}\w+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
 
     @classmethod
     def unpack_file(cls, config: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
