@@ -91,6 +91,7 @@ class Lab:
         self._console = console
         self._worlds: dict[str, AudioWorld | ImageWorld] = {}
         self._saved_seconds = 0.0
+        self._counted: set[Path] = set()
         self._mark = self._clock()
 
     @property
@@ -157,8 +158,11 @@ class Lab:
             cache.save(stem, value, self._clock() - start)
             hit = cache.load(stem)  # what a later run will see, so that the first run sees no other types
             assert hit is not None
-        else:
+        elif (
+            stem not in self._counted
+        ):  # what is read a second time would not have been computed a second time
             self._saved_seconds += hit[1]
+        self._counted.add(stem)
         return hit[0]
 
     def paired(self, method: Values, baseline: Values | None = None, **how: str) -> Estimate:
