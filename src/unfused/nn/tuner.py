@@ -255,11 +255,26 @@ class TunerModel(BaseTuner):
             self.__dict__["_trainable_before"] = [p for p in model.parameters() if p.requires_grad]
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        chosen = peft_config.target_modules in (None, "all")
         if peft_config.target_modules is None:
             peft_config.target_modules = self.default_targets(peft_config, model_config)
         if peft_config.target_modules == "all":
             peft_config.target_modules = set(self._all_targets(peft_config))
+        if chosen and isinstance(peft_config.target_modules, set):
+            peft_config.target_modules = self._in_chosen_layers(peft_config, peft_config.target_modules)
         return peft_config
+
+    def _in_chosen_layers(self, config: Any, names: set[str]) -> set[str]:
+        """PEFT applies `layers_to_transform` to suffixes alone, not to the full names that we put for the user."""
+        if config.layers_to_transform is None:
+            return names
+        wanted, lists = config.layers_to_transform, config.layers_pattern or r"[^.\d][^.]*"
+        wanted = [wanted] if isinstance(wanted, int) else wanted
+        lists = [lists] if isinstance(lists, str) else lists
+        whole = {name for name, _ in self.model.named_modules()}
+        pattern = re.compile(rf"(?:^|\.)(?:{'|'.join(lists)})\.(\d+)(?=\.|$)")
+        indices = {name: pattern.search(name) for name in names & whole}
+        return (names - whole) | {n for n, found in indices.items() if found and int(found[1]) in wanted}
 
     def default_targets(self, config: Any, model_config: dict) -> Any:
         """Targets where the user names none: by `model_type`; override to look at the model."""
@@ -335,6 +350,15 @@ class TunerModel(BaseTuner):
     def extend_layer(self, layer: TunerLayer, adapter_name: str, config: Any, key: str) -> None:
         """Add an adapter to a layer; override where the layer needs to know more than the config."""
         layer.update_layer(adapter_name, config)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT lifts half-precision parameters to float32; running statistics of a module have to go with them."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in tuner_layers(self.model) if autocast_adapter_dtype else ():
+            for modules in (getattr(layer, kind) for kind in layer.adapter_modules):
+                for buffer in modules[adapter_name].buffers() if adapter_name in modules else ():
+                    if buffer.dtype in (torch.float16, torch.bfloat16):
+                        buffer.data = buffer.data.float()
 
     def _check_merge_allowed(self) -> None:
         if self.not_mergeable:
