@@ -129,7 +129,7 @@ def test_every_tuner_has_a_case():
         for m in methods()
         if m.family == "adapters" and "\nregister(" in source(m.module)
     }
-    assert tuners == set(CASES)
+    assert tuners == {name.partition("-")[0] for name in CASES}  # NAME-VARIANT.py: another config of a tuner
 
 
 def source(module: str) -> str:

@@ -333,15 +333,15 @@ class SiteModel(TunerModel):
         """One of READS."""
         raise NotImplementedError
 
-    def find(self, config: Any) -> dict[str, Site]:
-        """All sites for this config."""
+    def sites_of(self, config: Any, sublayers: Sequence[str]) -> dict[str, Site]:
+        """All sites of these sublayers for this config."""
         found: dict[str, Site] = {}
-        for sublayer in config.sublayers:
+        for sublayer in sublayers:
             found |= find_sites(self.model, sublayer, self.reads(config))
         return found
 
     def default_targets(self, config: Any, model_config: dict) -> Any:
-        return set(self.find(config))
+        return set(self.sites_of(config, config.sublayers))
 
     def site(self, config: Any, name: str, module: nn.Module) -> Site:
         """The site of a module that the user named: one that we know, or any module with one input and one output."""

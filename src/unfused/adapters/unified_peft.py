@@ -1,0 +1,516 @@
+"""Unified PEFT: adapters, prefixes and LoRA as points of one design space, and its best point, the Mix-And-Match adapter.
+
+Every method adds a change dh to some hidden state h of a frozen transformer. With x the sublayer's input, the points are
+
+    form         f(z W_down) W_up: a bottleneck; softmax(x W_q P_k') P_v: a prefix of the attention's keys and values
+    where        a head's output, the attention's, the FFN's; query, key, value projections
+    insertion    parallel, z = x; sequential, z = h; Pfeiffer's, z = LN(h + residual)
+    composition  h + dh; scaled, h + s dh; gated, (1 - lam) h + lam dh
+
+A prefix is gated by itself: attention over [P_k; K], [P_v; V] is (1 - lam) Attn(q, K, V) + lam softmax(q P_k') P_v per head
+and query, lam the prefix's share of the softmax. `BottleneckConfig` is the whole space, `BottleneckConfig.preset(...)` its
+named points. `MamConfig`, the point that the paper recommends, puts a short prefix into the attention and a wide scaled
+parallel bottleneck beside the FFN.
+
+Supported: the transformers that `unfused.nn.blocks` knows (BERT, GPT-2, Llama, ViT, AST, CLIP, wav2vec 2.0, BART and kin;
+T5 is not), with eager or sdpa attention; bottlenecks also on any module with one input and one output that the user names.
+
+Reference: Towards a Unified View of Parameter-Efficient Transfer Learning, ICLR 2022, arXiv:2110.04366.
+Needs: labels, gradients.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from unfused.nn.attention import AttentionLayer, PrefixLayer, PrefixTrunk, attention_modules, head_sizes
+from unfused.nn.blocks import transformer_blocks
+from unfused.nn.bottleneck import SUBLAYERS, Bottleneck, Site, SiteLayer, SiteModel
+from unfused.nn.peft_register import register
+from unfused.nn.tuner import TunerConfig, TunerLayer
+
+__all__ = ["BottleneckConfig", "BottleneckModel", "MamConfig", "MamModel"]
+
+PROJECTIONS = ("query", "key", "value")
+LINEAR = type(ACT2FN["linear"])
+WHERE = (*SUBLAYERS, "heads", *PROJECTIONS)
+INSERTIONS = {"parallel": "input", "sequential": "output", "pfeiffer": "sum", "adaptformer": "stream"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "houlsby": {
+        "sublayers": ["attention", "ffn"],
+        "insertion": "sequential",
+        "init": "bert",
+        "layernorm": True,
+    },
+    "pfeiffer": {"insertion": "pfeiffer", "init": "bert"},
+    "parallel": {},
+    "scaled_parallel": {"scaling": 4.0, "bottleneck_dim": 512},
+    "mh_pa": {"sublayers": ["heads"], "bottleneck_dim": 16},
+    "lora": {
+        "sublayers": ["query", "value"],
+        "activation": "linear",
+        "bottleneck_bias": False,
+        "bottleneck_dim": 16,
+        "scaling": 2.0,
+    },
+    "prefix": {"form": "prefix", "sublayers": ["heads"], "composition": "gated", "prefix_length": 200},
+}
+
+
+@dataclass
+class _PrefixFields:
+    prefix_length: int = field(default=30, metadata={"help": "Keys and values before the attention's own."})
+    prefix_hidden: int = field(
+        default=800, metadata={"help": "Width of the network that gives the prefix in training; 0 for none."}
+    )
+    prefix_dropout: float = field(default=0.0, metadata={"help": "On keys and values of the prefix."})
+
+
+@dataclass
+class BottleneckConfig(TunerConfig, _PrefixFields):
+    """Configuration of any single point of the design space.
+
+    Parameters
+    ----------
+    form : {"bottleneck", "prefix"}, default="bottleneck"
+    sublayers : list of {"attention", "ffn", "heads", "query", "key", "value"}, default=["ffn"]
+        Where, if `target_modules` is not given. "heads": every head's output, before the attention's output projection.
+        GPT-2 and others that compute query, key and value in one map get one bottleneck for it.
+    insertion : {"parallel", "sequential", "pfeiffer", "adaptformer"}, default="parallel"
+        "pfeiffer" reads LN(h + residual), whose LayerNorm is then applied again; on pre-norm blocks, which have none,
+        h + residual. "adaptformer" is parallel and reads the residual stream, before the block's norm.
+    composition : {"add", "scaled", "gated"}, default="scaled"
+        "gated" is what a prefix does, and only that.
+    scaling : float, default=1.0
+        s, a constant to tune together with the learning rate; the paper takes 4 for generation, 2 for classification.
+    bottleneck_dim : int, default=64
+        Of each head where `sublayers=["heads"]`.
+    activation : str, default="relu"
+        A name of transformers' ACT2FN; "linear" for none.
+    init : {"lora", "bert"}, default="lora"
+        "lora": W_down Kaiming-uniform, W_up 0, so that training starts at the base model; "bert": both N(0, 0.02).
+    layernorm : bool, default=False
+        A LayerNorm of the adapter's own on its input.
+    dropout : float, default=0.0
+        Inside the bottleneck.
+    bottleneck_bias : bool, default=True
+    prefix_length : int, default=30
+        For form="prefix", as the next two.
+    prefix_hidden : int, default=800
+        While training, keys and values come from a table through `Linear, tanh, Linear`, table and first map shared by all
+        layers (of one tower, and kind of attention). The adapter's file holds the keys and values alone; loaded again, they
+        are what trains. So a run that must be resumable has to train them directly: 0.
+    prefix_dropout : float, default=0.0
+
+    Notes
+    -----
+    A prefix never starts at the base model: it takes some of the attention from the first step on.
+
+    Examples
+    --------
+    >>> from peft import get_peft_model
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> bert = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+    >>> config = BottleneckConfig.preset("scaled_parallel", bottleneck_dim=8, modules_to_save=["classifier"])
+    >>> model = get_peft_model(bert, config)
+    >>> sum(p.numel() for n, p in model.named_parameters() if "unfused_bottleneck" in n)  # 2 (2 * 16 * 8 + 8 + 16)
+    560
+    """
+
+    form: str = field(default="bottleneck", metadata={"help": "'bottleneck' or 'prefix'."})
+    sublayers: list[str] = field(
+        default_factory=lambda: ["ffn"], metadata={"help": "Where, if target_modules is not given."}
+    )
+    insertion: str = field(
+        default="parallel", metadata={"help": "'parallel', 'sequential', 'pfeiffer' or 'adaptformer'."}
+    )
+    composition: str = field(default="scaled", metadata={"help": "'add', 'scaled' or (prefixes) 'gated'."})
+    scaling: float = field(default=1.0, metadata={"help": "Constant factor of the correction."})
+    bottleneck_dim: int = field(default=64, metadata={"help": "Width of the bottleneck."})
+    activation: str = field(
+        default="relu", metadata={"help": "A name of transformers' ACT2FN; 'linear' for none."}
+    )
+    init: str = field(
+        default="lora", metadata={"help": "'lora' (starts at the base model) or 'bert' (near it)."}
+    )
+    layernorm: bool = field(default=False, metadata={"help": "A LayerNorm on the bottleneck's input."})
+    dropout: float = field(default=0.0, metadata={"help": "Inside the bottleneck."})
+    bottleneck_bias: bool = field(default=True, metadata={"help": "Biases of the bottleneck."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of(self, "form", ("bottleneck", "prefix"))
+        _one_of(self, "insertion", tuple(INSERTIONS))
+        _one_of(self, "composition", ("add", "scaled", "gated"))
+        self.require(
+            len(self.sublayers) > 0 and set(self.sublayers) <= set(WHERE),
+            f"sublayers={self.sublayers!r}: choose from {list(WHERE)}",
+        )
+        if self.form == "prefix":
+            self.require(
+                self.composition == "gated" and list(self.sublayers) == ["heads"],
+                "a prefix acts on sublayers=['heads'] with composition='gated'; preset('prefix') is that",
+            )
+        else:
+            self.require(
+                self.composition != "gated",
+                "composition='gated' is a prefix's: its gate is the prefix's share of the softmax; choose 'add' or 'scaled'",
+            )
+        self.require(
+            self.composition != "add" or self.scaling == 1,
+            f"composition='add' has no scaling={self.scaling}: choose 'scaled'",
+        )
+        self.require(
+            self.insertion == "parallel" or set(self.sublayers) <= set(SUBLAYERS),
+            f"insertion={self.insertion!r} is for attention and ffn; heads and projections are adapted in 'parallel'",
+        )
+        _check_bottleneck(self)
+        _check_prefix(self)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> BottleneckConfig:
+        """A named point of the space.
+
+        Parameters
+        ----------
+        name : {"houlsby", "pfeiffer", "parallel", "scaled_parallel", "mh_pa", "lora", "prefix"}
+        **overrides
+            Other fields, such as `bottleneck_dim` or `modules_to_save`.
+
+        Examples
+        --------
+        >>> BottleneckConfig.preset("houlsby", bottleneck_dim=32).insertion
+        'sequential'
+        """
+        if name not in PRESETS:
+            raise ValueError(
+                f"preset {name!r} is not known: choose from {', '.join(PRESETS)} (and MamConfig for 'mam')"
+            )
+        return cls(**{**PRESETS[name], **overrides})
+
+
+@dataclass
+class MamConfig(TunerConfig, _PrefixFields):
+    """Configuration of the Mix-And-Match adapter: a prefix in the attention, a scaled parallel bottleneck at the FFN.
+
+    Parameters
+    ----------
+    prefix_length : int, default=30
+    bottleneck_dim : int, default=512
+        The paper takes 30 and 512 for generation, 16 and 16 for classification.
+    scaling : float, default=4.0
+        4 for generation, 2 for classification.
+    target_attention, target_ffn : list of str, optional
+        Suffixes of names of the attention modules (those with the projections) and of the FFNs; by default all that the
+        architecture has, cross-attention too.
+    activation, init, dropout
+        Of the bottleneck, as in `BottleneckConfig`.
+    prefix_hidden, prefix_dropout
+        Of the prefix, as in `BottleneckConfig`.
+
+    Examples
+    --------
+    >>> from peft import get_peft_model
+    >>> from transformers import ViTConfig, ViTForImageClassification
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> vit = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes))
+    >>> model = get_peft_model(vit, MamConfig(prefix_length=4, bottleneck_dim=8, scaling=2.0, modules_to_save=["classifier"]))
+    >>> model(torch.randn(1, 3, 8, 8)).logits.shape
+    torch.Size([1, 2])
+    """
+
+    bottleneck_dim: int = field(default=512, metadata={"help": "Width of the bottleneck."})
+    scaling: float = field(default=4.0, metadata={"help": "Constant factor of the bottleneck."})
+    target_attention: list[str] | None = field(
+        default=None, metadata={"help": "Suffixes of attention modules."}
+    )
+    target_ffn: list[str] | None = field(default=None, metadata={"help": "Suffixes of FFNs."})
+    activation: str = field(default="relu", metadata={"help": "A name of transformers' ACT2FN."})
+    init: str = field(default="lora", metadata={"help": "'lora' (starts at 0) or 'bert' (near it)."})
+    dropout: float = field(default=0.0, metadata={"help": "Inside the bottleneck."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_bottleneck(self)
+        _check_prefix(self)
+
+
+def _one_of(config: TunerConfig, name: str, choices: Sequence[str]) -> None:
+    value = getattr(config, name)
+    config.require(value in choices, f"{name}={value!r}: choose from {', '.join(map(repr, choices))}")
+
+
+def _check_bottleneck(config: Any) -> None:
+    _one_of(config, "init", ("lora", "bert"))
+    config.require(config.bottleneck_dim >= 1, f"bottleneck_dim={config.bottleneck_dim}: give 1 or more")
+    config.require(0 <= config.dropout < 1, f"dropout={config.dropout}: give a number in [0, 1)")
+    config.require(
+        config.activation in ACT2FN,
+        f"activation={config.activation!r} is not in transformers' ACT2FN: 'relu', 'gelu', ...",
+    )
+
+
+def _check_prefix(config: Any) -> None:
+    config.require(config.prefix_length >= 1, f"prefix_length={config.prefix_length}: give 1 or more")
+    config.require(
+        config.prefix_hidden >= 0, f"prefix_hidden={config.prefix_hidden}: give a width, or 0 for no network"
+    )
+    config.require(
+        0 <= config.prefix_dropout < 1, f"prefix_dropout={config.prefix_dropout}: give a number in [0, 1)"
+    )
+
+
+class _CorrectionLayer(SiteLayer):
+    """A sublayer or projection with bottlenecks; a linear one at a linear map can be merged."""
+
+    def make(self, site: Site, config: Any) -> nn.Module:
+        return Bottleneck(
+            site.dim_in,
+            config.bottleneck_dim,
+            config.activation,
+            config.init,
+            getattr(config, "layernorm", False),
+            config.dropout,
+            config.scaling,
+            site.dim_out,
+            getattr(config, "bottleneck_bias", True),
+        )
+
+    def why_not_merge(self, name: str) -> str:
+        """Why an adapter does not fold into the wrapped module; empty where it does."""
+        net, site = getattr(self, self.adapter_modules[0])[name], self.sites[name]
+        if not isinstance(net.activation, LINEAR) or not isinstance(net.norm, nn.Identity):
+            return "a bottleneck with a nonlinearity is no change of a weight (activation='linear' without LayerNorm is)"
+        linear = (
+            isinstance(self.get_base_layer(), nn.Linear | Conv1D)
+            and site.reads == "input"
+            and not site.source
+        )
+        return "" if linear else f"{site.name!r} is no linear map that the bottleneck is parallel to"
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        net = getattr(self, self.adapter_modules[0])[adapter_name]
+        delta = net.scaling * net.up.weight @ net.down.weight
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merged_weights(
+        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight, _ = super().merged_weights(name, weight, bias)
+        net = getattr(self, self.adapter_modules[0])[name]
+        if net.up.bias is not None:
+            shift = (net.scaling * (net.up.weight @ net.down.bias + net.up.bias)).to(weight.dtype)
+            bias = shift if bias is None else bias + shift
+        return weight, bias
+
+
+class _HeadBottleneck(nn.Module):
+    """A bottleneck for every head, all of which read the sublayer's input: (..., dim) -> (..., heads * head_dim)."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, config: Any) -> None:
+        super().__init__()
+        net = Bottleneck(
+            dim,
+            heads * config.bottleneck_dim,
+            config.activation,
+            config.init,
+            config.layernorm,
+            config.dropout,
+            dim_out=head_dim,
+            bias=config.bottleneck_bias,
+        )
+        self.scaling, self.norm, self.down = config.scaling, net.norm, net.down
+        self.activation, self.dropout = net.activation, net.dropout
+        self.up = nn.Parameter(  # (heads, head_dim, bottleneck_dim)
+            net.up.weight.detach().unflatten(1, (heads, config.bottleneck_dim)).transpose(0, 1).clone()
+        )
+        self.bias = nn.Parameter(torch.zeros(heads * head_dim)) if config.bottleneck_bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.down(self.norm(x.to(self.down.weight.dtype)))
+        hidden = self.dropout(self.activation(hidden)).unflatten(-1, (len(self.up), -1))
+        out = torch.einsum("...hr,hdr->...hd", hidden, self.up).flatten(-2)
+        return self.scaling * (out if self.bias is None else out + self.bias)
+
+
+class BottleneckLayer(_CorrectionLayer):
+    """A sublayer with bottlenecks."""
+
+    adapter_modules = ("unfused_bottleneck_net",)
+
+
+class BottleneckHeadsLayer(AttentionLayer):
+    """Attention whose heads' outputs are corrected."""
+
+    adapter_modules = ("unfused_bottleneck_heads",)
+
+    def update_layer(self, adapter_name: str, config: Any) -> None:
+        base: Any = self.get_base_layer()
+        dim, _, head_dim = head_sizes(base)
+        heads = getattr(base, "num_heads", None) or getattr(base, "num_attention_heads", None)
+        heads = heads or base.config.num_attention_heads
+        self.unfused_bottleneck_heads[adapter_name] = _HeadBottleneck(dim, heads, head_dim, config)
+
+    def head_correction(self, names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.unfused_bottleneck_heads[name](x) for name in names]).sum(0)
+
+
+class BottleneckPrefixLayer(PrefixLayer):
+    """Attention with a prefix."""
+
+    adapter_parameters = ("unfused_bottleneck_prefix_key", "unfused_bottleneck_prefix_value")
+    adapter_modules = ("unfused_bottleneck_prefix_net",)
+
+
+class _DesignSpaceModel(SiteModel):
+    """What both tuners do: a module gets the layer that its part of the adapter needs; prefixes share trunks."""
+
+    prefix_layer: type[PrefixLayer]
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        self._trunks: dict[str, PrefixTrunk] = {}
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def extend_layer(self, layer: TunerLayer, adapter_name: str, config: Any, key: str) -> None:
+        if isinstance(layer, PrefixLayer) and config.prefix_hidden and not config.inference_mode:
+            group = re.sub(
+                r"\.\d+\b", "", f".{key}"
+            )  # of one tower (encoder, decoder) and kind (self, cross)
+            if group not in self._trunks:
+                self._trunks[group] = PrefixTrunk(config.prefix_length, layer.dim, config.prefix_hidden)
+            layer.share(adapter_name, self._trunks[group])
+        super().extend_layer(layer, adapter_name, config, key)
+
+    def bake_prefix(self, adapter_name: str = "default") -> None:
+        """Replace the network that gives a prefix in training by the keys and values; saving does it in the file."""
+        for layer in self.model.modules():
+            if isinstance(layer, PrefixLayer):
+                layer.bake(adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        state = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        for name, layer in model.named_modules():
+            if isinstance(layer, PrefixLayer):
+                own = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
+                local = {key.removeprefix(f"{name}."): value for key, value in own.items()}
+                state = {key: value for key, value in state.items() if key not in own}
+                state |= {f"{name}.{key}": value for key, value in layer.baked(adapter_name, local).items()}
+        return state
+
+    def _attention_layer(
+        self, layer_type: type[AttentionLayer], target: nn.Module, name: str, key: str
+    ) -> TunerLayer:
+        try:
+            return layer_type(target, name)
+        except ValueError as reason:
+            raise ValueError(f"target_modules: {key!r}: {reason}") from None
+
+
+class BottleneckModel(_DesignSpaceModel):
+    """Puts one point of the design space into a model."""
+
+    site_layer = BottleneckLayer
+    prefix_layer = BottleneckPrefixLayer
+    tuner_layer_cls = TunerLayer
+
+    def reads(self, config: BottleneckConfig) -> str:
+        return INSERTIONS[config.insertion]
+
+    def default_targets(self, config: BottleneckConfig, model_config: dict) -> Any:
+        sublayers = [name for name in config.sublayers if name in SUBLAYERS]
+        found = set(self.sites_of(config, sublayers))
+        if "heads" in config.sublayers:
+            found |= set(attention_modules(self.model, cross=config.form == "prefix"))
+        for block in transformer_blocks(self.model):
+            found |= {
+                getattr(block, name) or block.fused_qkv for name in config.sublayers if name in PROJECTIONS
+            }
+        if not found:
+            self.sites_of(config, SUBLAYERS)  # says that there are no blocks
+        return found
+
+    def make_layer(
+        self, config: BottleneckConfig, adapter_name: str, target: nn.Module, key: str
+    ) -> TunerLayer:
+        if config.form == "prefix":
+            return self._attention_layer(BottleneckPrefixLayer, target, adapter_name, key)
+        if list(config.sublayers) == ["heads"] or (
+            "heads" in config.sublayers and key in attention_modules(self.model)
+        ):
+            return self._attention_layer(BottleneckHeadsLayer, target, adapter_name, key)
+        return super().make_layer(config, adapter_name, target, key)
+
+    def _check_merge_allowed(self) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, AttentionLayer):
+                raise ValueError(
+                    "Bottleneck cannot be merged: prefixes and heads' corrections depend on the input"
+                )
+            if isinstance(layer, BottleneckLayer):
+                for name in layer.active_adapters:
+                    if layer.has(name) and (why := layer.why_not_merge(name)):
+                        raise ValueError(f"Bottleneck cannot be merged: {why}")
+        super()._check_merge_allowed()
+
+
+class MamLayer(_CorrectionLayer):
+    """An FFN with scaled parallel bottlenecks."""
+
+    adapter_modules = ("unfused_mam_net",)
+
+
+class MamPrefixLayer(PrefixLayer):
+    """Attention with a prefix."""
+
+    adapter_parameters = ("unfused_mam_prefix_key", "unfused_mam_prefix_value")
+    adapter_modules = ("unfused_mam_prefix_net",)
+
+
+class MamModel(_DesignSpaceModel):
+    """Puts a prefix into every attention and a bottleneck beside every FFN."""
+
+    site_layer = MamLayer
+    prefix_layer = MamPrefixLayer
+    tuner_layer_cls = TunerLayer
+    not_mergeable = "prefixes and bottlenecks with a nonlinearity are no change of a weight"
+
+    def reads(self, config: MamConfig) -> str:
+        return "input"
+
+    def default_targets(self, config: MamConfig, model_config: dict) -> Any:
+        ffn = set(config.target_ffn or self.sites_of(config, ["ffn"]))
+        return ffn | set(config.target_attention or attention_modules(self.model))
+
+    def make_layer(self, config: MamConfig, adapter_name: str, target: nn.Module, key: str) -> TunerLayer:
+        attention = config.target_attention
+        is_attention = (
+            any(f".{key}".endswith(f".{name}") for name in attention)
+            if attention
+            else key in attention_modules(self.model)
+        )
+        if is_attention:
+            return self._attention_layer(MamPrefixLayer, target, adapter_name, key)
+        return super().make_layer(config, adapter_name, target, key)
+
+
+register("bottleneck", BottleneckConfig, BottleneckModel)
+register("mam", MamConfig, MamModel)
