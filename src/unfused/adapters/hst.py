@@ -198,7 +198,7 @@ class SideNetwork(nn.Module):
         self.meta_tokens = nn.Parameter(torch.empty(depth, config.num_meta_tokens, dim))  # (L, M, D)
         for token in self.meta_tokens.data:
             nn.init.xavier_uniform_(token[None])
-        drops = torch.linspace(0, config.drop_path, depth).tolist()
+        drops = [config.drop_path * index / max(1, depth - 1) for index in range(depth)]
         ends = [round(depth * stage / len(sizes)) for stage in range(len(sizes) + 1)]
         self.groups = list(pairwise(ends))
         stem = nn.Sequential(
