@@ -57,9 +57,18 @@ class RegularizedTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        parts = self._batches_that_add_up(kwargs.get("num_items_in_batch")) if model.training else 1
         for tuner in _tuners(model):
-            loss = loss + tuner.regularization_loss().to(loss.dtype)
+            loss = loss + tuner.regularization_loss().to(loss.dtype) / parts
         return (loss, outputs) if return_outputs else loss
+
+    def _batches_that_add_up(self, num_items_in_batch: Any) -> int:
+        """1 where the Trainer divides the loss by the accumulation's steps, their number where the loss is a share already."""
+        shared = getattr(self, "loss_is_scaled_for_ga", None)
+        if shared is None:
+            by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            shared = by_model or self.compute_loss_func is not None
+        return getattr(self, "current_gradient_accumulation_steps", 1) if shared else 1
 
 
 def param_groups(
@@ -77,7 +86,9 @@ def param_groups(
     weight_decay : float, default=0.0
         Of the head's matrices; adapters are not decayed.
     """
-    adapters, matrices, vectors = [], [], []
+    adapters: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             head = ".modules_to_save." in name or ("unfused_" not in name and ".lora_" not in name)
