@@ -88,7 +88,7 @@ def naive(model, image):
         for at, block, norm in zip(range(start, end), stage.blocks, stage.meta_norms, strict=True):
             resized = F.interpolate(maps[at], size, mode="bilinear", align_corners=False)
             f = stage.bridge(resized.flatten(2).mT)
-            keys = torch.cat([norm(stage.bridge(metas[l])), f.mean(1, keepdim=True)], 1)
+            keys = torch.cat([norm(stage.bridge(metas[at])), f.mean(1, keepdim=True)], 1)
             y = y + attention(block, y, keys)
             y = y + f
             y = y + block.mlp(block.norm2(y))
