@@ -140,8 +140,12 @@ def docstrings(lab: Lab) -> dict[str, list[str]]:
         if lab.scale == "smoke"
         else []
     )
-    params = {"python": platform.python_version(), "only": only}
-    return _once(lab.cached("stdlib-docstrings", params, lambda: _read_docstrings(only)))
+    return _once(lab.cached("stdlib-docstrings", _text_key(lab), lambda: _read_docstrings(only)))
+
+
+def _text_key(lab: Lab) -> dict[str, Any]:
+    """What the text depends on; at smoke scale, only the modules of the areas are read."""
+    return {"python": platform.python_version(), "whole": lab.scale != "smoke"}
 
 
 def _read_docstrings(only: Sequence[str]) -> dict[str, list[str]]:
@@ -222,9 +226,7 @@ def tokenizer(lab: Lab) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(
-            lab.cached("stdlib-bpe", {"python": platform.python_version()}, train)
-        ),
+        tokenizer_object=Tokenizer.from_str(lab.cached("stdlib-bpe", _text_key(lab), train)),
         pad_token=PAD,
         cls_token=START,
         sep_token=END,
@@ -300,7 +302,9 @@ def masked_lm(lab: Lab) -> BertForMaskedLM:
         return _untied(model)
 
     model = BertForMaskedLM(_bert_config())
-    model.load_state_dict(lab.cached("stdlib-bert", {"steps": steps}, pretrain), strict=False)
+    model.load_state_dict(
+        lab.cached("stdlib-bert", {"steps": steps, **_text_key(lab)}, pretrain), strict=False
+    )
     return model.eval()
 
 
@@ -536,7 +540,7 @@ def decoder(lab: Lab, num_facts: int = 400) -> LlamaForCausalLM:
         return _untied(model)
 
     model = LlamaForCausalLM(_llama_config())
-    params = {"steps": steps, "facts": num_facts}
+    params = {"steps": steps, "facts": num_facts, **_text_key(lab)}
     model.load_state_dict(lab.cached("stdlib-llama", params, pretrain), strict=False)
     return model.eval()
 

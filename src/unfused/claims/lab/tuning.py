@@ -311,9 +311,12 @@ def measure(
     seeds = list(lab.seeds if seeds is None else seeds)
     evaluate = world.evaluate or classification
     found: dict[str, dict[float, list[dict[str, float]]]] = {}
+    backbones: dict[int, str] = {}
     for seed in seeds:
         task = world.task(seed)
-        contents = {"backbone": _backbone_digest(world, task.num_labels), "task": _describe(task)}
+        if task.num_labels not in backbones:
+            backbones[task.num_labels] = _backbone_contents(world, task.num_labels)
+        contents = {"backbone": backbones[task.num_labels], "task": _describe(task)}
         for name, arm in arms.items():
             uses: list[Any] = []
             what = _describe([arm.prepare, arm.train, evaluate, arm.recipe], uses)
@@ -389,16 +392,10 @@ def _brief(metrics: Mapping[str, float]) -> str:
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
-_digests: dict[tuple[int, int], str] = {}
-
-
-def _backbone_digest(world: TuningWorld, num_labels: int) -> str:
-    key = (id(world), num_labels)
-    if key not in _digests:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            _digests[key] = _describe(world.backbone(num_labels))
-    return _digests[key]
+def _backbone_contents(world: TuningWorld, num_labels: int) -> str:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _describe(world.backbone(num_labels))
 
 
 def _describe(value: Any, uses: list[Any] | None = None) -> str:
