@@ -2,7 +2,7 @@
 
     python tools/ablate_unfused.py ../shared/data/audio/fsdd [--draws 2] [--speakers NAME ...] [--only VARIANT ...]
 
-Each of the FSDD speakers (all four, or those of --speakers) is held out in turn and unseen. The draws of 5 labels a digit are not
+Each of the FSDD speakers (all four, or those of --speakers) is held out in turn and unseen. The draws of 5 labels are not
 those of the recorded claim (seed 100 on), so this table repeats no number that anything was chosen by. The parts that are
 exchanged are not settings of `adapt`: they are patched here, in this process. What exists is not computed again.
 """
