@@ -21,7 +21,6 @@ Needs: labels, gradients.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,18 +28,23 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.pytorch_utils import Conv1D
 
-from unfused.nn.attention import AttentionLayer, PrefixLayer, PrefixTrunk, attention_modules, head_sizes
+from unfused.nn.attention import (
+    AttentionLayer,
+    HeadBottleneck,
+    PrefixLayer,
+    PrefixModel,
+    attention_modules,
+    head_sizes,
+)
 from unfused.nn.blocks import transformer_blocks
-from unfused.nn.bottleneck import SUBLAYERS, Bottleneck, Site, SiteLayer, SiteModel
+from unfused.nn.bottleneck import SUBLAYERS, BottleneckLayer, SiteModel
 from unfused.nn.peft_register import register
 from unfused.nn.tuner import TunerConfig, TunerLayer
 
 __all__ = ["BottleneckConfig", "BottleneckModel", "MamConfig", "MamModel"]
 
-PROJECTIONS = ("query", "key", "value")
-LINEAR = type(ACT2FN["linear"])
+PROJECTIONS = ("query", "key", "value", "attention_out")
 WHERE = (*SUBLAYERS, "heads", *PROJECTIONS)
 INSERTIONS = {"parallel": "input", "sequential": "output", "pfeiffer": "sum", "adaptformer": "stream"}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -81,7 +85,7 @@ class BottleneckConfig(TunerConfig, _PrefixFields):
     Parameters
     ----------
     form : {"bottleneck", "prefix"}, default="bottleneck"
-    sublayers : list of {"attention", "ffn", "heads", "query", "key", "value"}, default=["ffn"]
+    sublayers : list of {"attention", "ffn", "heads", "query", "key", "value", "attention_out"}, default=["ffn"]
         Where, if `target_modules` is not given. "heads": every head's output, before the attention's output projection.
         GPT-2 and others that compute query, key and value in one map get one bottleneck for it.
     insertion : {"parallel", "sequential", "pfeiffer", "adaptformer"}, default="parallel"
@@ -269,86 +273,13 @@ def _check_prefix(config: Any) -> None:
     )
 
 
-class _CorrectionLayer(SiteLayer):
-    """A sublayer or projection with bottlenecks; a linear one at a linear map can be merged."""
-
-    def make(self, site: Site, config: Any) -> nn.Module:
-        return Bottleneck(
-            site.dim_in,
-            config.bottleneck_dim,
-            config.activation,
-            config.init,
-            getattr(config, "layernorm", False),
-            config.dropout,
-            config.scaling,
-            site.dim_out,
-            getattr(config, "bottleneck_bias", True),
-        )
-
-    def why_not_merge(self, name: str) -> str:
-        """Why an adapter does not fold into the wrapped module; empty where it does."""
-        net, site = getattr(self, self.adapter_modules[0])[name], self.sites[name]
-        if not isinstance(net.activation, LINEAR) or not isinstance(net.norm, nn.Identity):
-            return "a bottleneck with a nonlinearity is no change of a weight (activation='linear' without LayerNorm is)"
-        linear = (
-            isinstance(self.get_base_layer(), nn.Linear | Conv1D)
-            and site.reads == "input"
-            and not site.source
-        )
-        return "" if linear else f"{site.name!r} is no linear map that the bottleneck is parallel to"
-
-    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        net = getattr(self, self.adapter_modules[0])[adapter_name]
-        delta = net.scaling * net.up.weight @ net.down.weight
-        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
-
-    def merged_weights(
-        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight, _ = super().merged_weights(name, weight, bias)
-        net = getattr(self, self.adapter_modules[0])[name]
-        if net.up.bias is not None:
-            shift = (net.scaling * (net.up.weight @ net.down.bias + net.up.bias)).to(weight.dtype)
-            bias = shift if bias is None else bias + shift
-        return weight, bias
-
-
-class _HeadBottleneck(nn.Module):
-    """A bottleneck for every head, all of which read the sublayer's input: (..., dim) -> (..., heads * head_dim)."""
-
-    def __init__(self, dim: int, heads: int, head_dim: int, config: Any) -> None:
-        super().__init__()
-        net = Bottleneck(
-            dim,
-            heads * config.bottleneck_dim,
-            config.activation,
-            config.init,
-            config.layernorm,
-            config.dropout,
-            dim_out=head_dim,
-            bias=config.bottleneck_bias,
-        )
-        self.scaling, self.norm, self.down = config.scaling, net.norm, net.down
-        self.activation, self.dropout = net.activation, net.dropout
-        self.up = nn.Parameter(  # (heads, head_dim, bottleneck_dim)
-            net.up.weight.detach().unflatten(1, (heads, config.bottleneck_dim)).transpose(0, 1).clone()
-        )
-        self.bias = nn.Parameter(torch.zeros(heads * head_dim)) if config.bottleneck_bias else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.down(self.norm(x.to(self.down.weight.dtype)))
-        hidden = self.dropout(self.activation(hidden)).unflatten(-1, (len(self.up), -1))
-        out = torch.einsum("...hr,hdr->...hd", hidden, self.up).flatten(-2)
-        return self.scaling * (out if self.bias is None else out + self.bias)
-
-
-class BottleneckLayer(_CorrectionLayer):
-    """A sublayer with bottlenecks."""
+class _SublayerLayer(BottleneckLayer):
+    """A sublayer or a projection with bottlenecks."""
 
     adapter_modules = ("unfused_bottleneck_net",)
 
 
-class BottleneckHeadsLayer(AttentionLayer):
+class _HeadsLayer(AttentionLayer):
     """Attention whose heads' outputs are corrected."""
 
     adapter_modules = ("unfused_bottleneck_heads",)
@@ -358,78 +289,23 @@ class BottleneckHeadsLayer(AttentionLayer):
         dim, _, head_dim = head_sizes(base)
         heads = getattr(base, "num_heads", None) or getattr(base, "num_attention_heads", None)
         heads = heads or base.config.num_attention_heads
-        self.unfused_bottleneck_heads[adapter_name] = _HeadBottleneck(dim, heads, head_dim, config)
+        self.unfused_bottleneck_heads[adapter_name] = HeadBottleneck(dim, heads, head_dim, config)
 
     def head_correction(self, names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
         return torch.stack([self.unfused_bottleneck_heads[name](x) for name in names]).sum(0)
 
 
-class BottleneckPrefixLayer(PrefixLayer):
+class _SinglePrefixLayer(PrefixLayer):
     """Attention with a prefix."""
 
     adapter_parameters = ("unfused_bottleneck_prefix_key", "unfused_bottleneck_prefix_value")
     adapter_modules = ("unfused_bottleneck_prefix_net",)
 
 
-class _DesignSpaceModel(SiteModel):
-    """What both tuners do: a module gets the layer that its part of the adapter needs; prefixes share trunks."""
-
-    prefix_layer: type[PrefixLayer]
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        self._trunks: dict[str, PrefixTrunk] = {}
-        return super()._prepare_adapter_config(peft_config, model_config)
-
-    def extend_layer(self, layer: TunerLayer, adapter_name: str, config: Any, key: str) -> None:
-        if isinstance(layer, PrefixLayer) and config.prefix_hidden and not config.inference_mode:
-            group = re.sub(
-                r"\.\d+\b", "", f".{key}"
-            )  # of one tower (encoder, decoder) and kind (self, cross)
-            if group not in self._trunks:
-                self._trunks[group] = PrefixTrunk(config.prefix_length, layer.dim, config.prefix_hidden)
-            layer.share(adapter_name, self._trunks[group])
-        super().extend_layer(layer, adapter_name, config, key)
-
-    def bake_prefix(self, adapter_name: str = "default") -> None:
-        """Replace the network that gives a prefix in training by the keys and values; saving does it in the file."""
-        for layer in self.model.modules():
-            if isinstance(layer, PrefixLayer):
-                layer.bake(adapter_name)
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, torch.Tensor]:
-        state = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
-        for name, layer in model.named_modules():
-            if isinstance(layer, PrefixLayer):
-                own = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
-                local = {key.removeprefix(f"{name}."): value for key, value in own.items()}
-                state = {key: value for key, value in state.items() if key not in own}
-                state |= {f"{name}.{key}": value for key, value in layer.baked(adapter_name, local).items()}
-        return state
-
-    def _attention_layer(
-        self, layer_type: type[AttentionLayer], target: nn.Module, name: str, key: str
-    ) -> TunerLayer:
-        try:
-            return layer_type(target, name)
-        except ValueError as reason:
-            raise ValueError(f"target_modules: {key!r}: {reason}") from None
-
-
-class BottleneckModel(_DesignSpaceModel):
+class BottleneckModel(PrefixModel, SiteModel):
     """Puts one point of the design space into a model."""
 
-    site_layer = BottleneckLayer
-    prefix_layer = BottleneckPrefixLayer
+    site_layer = _SublayerLayer
     tuner_layer_cls = TunerLayer
 
     def reads(self, config: BottleneckConfig) -> str:
@@ -452,44 +328,38 @@ class BottleneckModel(_DesignSpaceModel):
         self, config: BottleneckConfig, adapter_name: str, target: nn.Module, key: str
     ) -> TunerLayer:
         if config.form == "prefix":
-            return self._attention_layer(BottleneckPrefixLayer, target, adapter_name, key)
+            return self.attention_layer(_SinglePrefixLayer, target, adapter_name, key)
         if list(config.sublayers) == ["heads"] or (
             "heads" in config.sublayers and key in attention_modules(self.model)
         ):
-            return self._attention_layer(BottleneckHeadsLayer, target, adapter_name, key)
+            return self.attention_layer(_HeadsLayer, target, adapter_name, key)
         return super().make_layer(config, adapter_name, target, key)
 
     def _check_merge_allowed(self) -> None:
-        for layer in self.model.modules():
-            if isinstance(layer, AttentionLayer):
-                raise ValueError(
-                    "Bottleneck cannot be merged: prefixes and heads' corrections depend on the input"
-                )
-            if isinstance(layer, BottleneckLayer):
-                for name in layer.active_adapters:
-                    if layer.has(name) and (why := layer.why_not_merge(name)):
-                        raise ValueError(f"Bottleneck cannot be merged: {why}")
+        if any(isinstance(layer, AttentionLayer) for layer in self.model.modules()):
+            raise ValueError(
+                "Bottleneck cannot be merged: prefixes and heads' corrections depend on the input"
+            )
         super()._check_merge_allowed()
 
 
-class MamLayer(_CorrectionLayer):
+class _MamFfnLayer(BottleneckLayer):
     """An FFN with scaled parallel bottlenecks."""
 
     adapter_modules = ("unfused_mam_net",)
 
 
-class MamPrefixLayer(PrefixLayer):
+class _MamPrefixLayer(PrefixLayer):
     """Attention with a prefix."""
 
     adapter_parameters = ("unfused_mam_prefix_key", "unfused_mam_prefix_value")
     adapter_modules = ("unfused_mam_prefix_net",)
 
 
-class MamModel(_DesignSpaceModel):
+class MamModel(PrefixModel, SiteModel):
     """Puts a prefix into every attention and a bottleneck beside every FFN."""
 
-    site_layer = MamLayer
-    prefix_layer = MamPrefixLayer
+    site_layer = _MamFfnLayer
     tuner_layer_cls = TunerLayer
     not_mergeable = "prefixes and bottlenecks with a nonlinearity are no change of a weight"
 
@@ -508,7 +378,7 @@ class MamModel(_DesignSpaceModel):
             else key in attention_modules(self.model)
         )
         if is_attention:
-            return self._attention_layer(MamPrefixLayer, target, adapter_name, key)
+            return self.attention_layer(_MamPrefixLayer, target, adapter_name, key)
         return super().make_layer(config, adapter_name, target, key)
 
 

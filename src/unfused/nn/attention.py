@@ -9,6 +9,7 @@ the prefix has no position, never enters the cache, and is added once in every s
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,10 +20,19 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from unfused.nn.blocks import module_at, transformer_blocks
-from unfused.nn.bottleneck import features
-from unfused.nn.tuner import TunerLayer
+from unfused.nn.bottleneck import Bottleneck, features
+from unfused.nn.tuner import TunerLayer, TunerModel
 
-__all__ = ["AttentionLayer", "PrefixLayer", "PrefixNet", "PrefixTrunk", "attention_modules", "head_sizes"]
+__all__ = [
+    "AttentionLayer",
+    "HeadBottleneck",
+    "PrefixLayer",
+    "PrefixModel",
+    "PrefixNet",
+    "PrefixTrunk",
+    "attention_modules",
+    "head_sizes",
+]
 
 CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
 
@@ -271,3 +281,85 @@ class PrefixLayer(AttentionLayer):
             f"{name}.{adapter_name}": tensor.contiguous()
             for name, tensor in zip(self.adapter_parameters, pair, strict=True)
         }
+
+
+class HeadBottleneck(nn.Module):
+    """A bottleneck for every head, all of which read the sublayer's input: (..., dim) -> (..., heads * head_dim)."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, config: Any) -> None:
+        super().__init__()
+        net = Bottleneck(
+            dim,
+            heads * config.bottleneck_dim,
+            config.activation,
+            config.init,
+            config.layernorm,
+            config.dropout,
+            dim_out=head_dim,
+            bias=config.bottleneck_bias,
+        )
+        self.scaling, self.norm, self.down = config.scaling, net.norm, net.down
+        self.activation, self.dropout = net.activation, net.dropout
+        self.up = nn.Parameter(  # (heads, head_dim, bottleneck_dim)
+            net.up.weight.detach().unflatten(1, (heads, config.bottleneck_dim)).transpose(0, 1).clone()
+        )
+        self.bias = nn.Parameter(torch.zeros(heads * head_dim)) if config.bottleneck_bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.down(self.norm(x.to(self.down.weight.dtype)))
+        hidden = self.dropout(self.activation(hidden)).unflatten(-1, (len(self.up), -1))
+        out = torch.einsum("...hr,hdr->...hd", hidden, self.up).flatten(-2)
+        return self.scaling * (out if self.bias is None else out + self.bias)
+
+
+class PrefixModel(TunerModel):
+    """A tuner model some of whose layers may be `PrefixLayer`s: makes what they share, bakes it, packs the file."""
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        self._trunks: dict[str, PrefixTrunk] = {}
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def extend_layer(self, layer: TunerLayer, adapter_name: str, config: Any, key: str) -> None:
+        if isinstance(layer, PrefixLayer) and config.prefix_hidden and not config.inference_mode:
+            group = re.sub(
+                r"\.\d+\b", "", f".{key}"
+            )  # of one tower (encoder, decoder) and kind (self, cross)
+            if group not in self._trunks:
+                self._trunks[group] = PrefixTrunk(config.prefix_length, layer.dim, config.prefix_hidden)
+            layer.share(adapter_name, self._trunks[group])
+        super().extend_layer(layer, adapter_name, config, key)
+
+    def bake_prefix(self, adapter_name: str = "default") -> None:
+        """Replace the network that gives a prefix in training by the keys and values; saving does it in the file."""
+        for layer in self.model.modules():
+            if isinstance(layer, PrefixLayer):
+                layer.bake(adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        state = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        for name, layer in model.named_modules():
+            if isinstance(layer, PrefixLayer):
+                own = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
+                local = {key.removeprefix(f"{name}."): value for key, value in own.items()}
+                state = {key: value for key, value in state.items() if key not in own}
+                state |= {f"{name}.{key}": value for key, value in layer.baked(adapter_name, local).items()}
+        return state
+
+    def attention_layer(
+        self, layer_type: type[AttentionLayer], target: nn.Module, name: str, key: str
+    ) -> TunerLayer:
+        """Wrap an attention module; the error of one that cannot be says which."""
+        try:
+            return layer_type(target, name)
+        except ValueError as reason:
+            raise ValueError(f"target_modules: {key!r}: {reason}") from None

@@ -27,10 +27,21 @@ from transformers.pytorch_utils import Conv1D
 from unfused.nn.blocks import Block, module_at, transformer_blocks
 from unfused.nn.tuner import TunerLayer, TunerModel
 
-__all__ = ["READS", "SUBLAYERS", "Bottleneck", "Site", "SiteLayer", "SiteModel", "features", "find_sites"]
+__all__ = [
+    "READS",
+    "SUBLAYERS",
+    "Bottleneck",
+    "BottleneckLayer",
+    "Site",
+    "SiteLayer",
+    "SiteModel",
+    "features",
+    "find_sites",
+]
 
 READS = ("input", "output", "stream", "sum")
 SUBLAYERS = ("attention", "ffn")
+LINEAR = type(ACT2FN["linear"])
 
 
 class Bottleneck(nn.Module):
@@ -274,6 +285,10 @@ class SiteLayer(TunerLayer):
     def update_layer(self, adapter_name: str, config: Any) -> None:
         getattr(self, self.adapter_modules[0])[adapter_name] = self.make(self.sites[adapter_name], config)
 
+    def why_not_merge(self, name: str) -> str:
+        """Why an adapter does not fold into the wrapped module; empty where it does."""
+        return "corrections are no change of a weight"
+
     def correction(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The correction of one adapter, of x as its site reads it."""
         return getattr(self, self.adapter_modules[0])[name](x)
@@ -319,6 +334,58 @@ class SiteLayer(TunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.sites.pop(adapter_name, None)
+
+
+class BottleneckLayer(SiteLayer):
+    """A module with `Bottleneck`s; a linear one, parallel to a linear map, can be merged.
+
+    A subclass names its container. The config has `bottleneck_dim`, `activation`, `init`, `dropout`, `scaling` and, where
+    they are not False and True, `layernorm` and `bottleneck_bias`.
+    """
+
+    def make(self, site: Site, config: Any) -> nn.Module:
+        return Bottleneck(
+            site.dim_in,
+            config.bottleneck_dim,
+            config.activation,
+            config.init,
+            getattr(config, "layernorm", False),
+            config.dropout,
+            config.scaling,
+            site.dim_out,
+            getattr(config, "bottleneck_bias", True),
+        )
+
+    def linear_map(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight (dim_out, dim_in) and bias of a linear correction."""
+        net: Any = getattr(self, self.adapter_modules[0])[name]
+        weight = net.scaling * net.up.weight @ net.down.weight
+        return weight, None if net.up.bias is None else net.scaling * (
+            net.up.weight @ net.down.bias + net.up.bias
+        )
+
+    def why_not_merge(self, name: str) -> str:
+        net, site = getattr(self, self.adapter_modules[0])[name], self.sites[name]
+        if not isinstance(net.activation, LINEAR) or not isinstance(net.norm, nn.Identity):
+            return "a bottleneck with a nonlinearity is no change of a weight (activation='linear' without LayerNorm is)"
+        linear = (
+            isinstance(self.get_base_layer(), nn.Linear | Conv1D)
+            and site.reads == "input"
+            and not site.source
+        )
+        return "" if linear else f"{site.name!r} is no linear map that the bottleneck is parallel to"
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        delta = self.linear_map(adapter_name)[0]
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merged_weights(
+        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight, _ = super().merged_weights(name, weight, bias)
+        if (shift := self.linear_map(name)[1]) is not None:
+            bias = shift.to(weight.dtype) if bias is None else bias + shift.to(weight.dtype)
+        return weight, bias
 
 
 class SiteModel(TunerModel):
@@ -371,6 +438,13 @@ class SiteModel(TunerModel):
             site = self.site(config, key, layer.get_base_layer())
             layer.place(adapter_name, site, module_at(self.model, site.source) if site.source else None)
         super().extend_layer(layer, adapter_name, config, key)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for layer in self.model.modules():
+            for name in layer.active_adapters if isinstance(layer, SiteLayer) else ():
+                if layer.has(name) and (why := layer.why_not_merge(name)):
+                    raise ValueError(f"{type(self).__name__.removesuffix('Model')} cannot be merged: {why}")
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
