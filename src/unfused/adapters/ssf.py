@@ -54,7 +54,7 @@ class SsfConfig(TunerConfig):
     --------
     >>> from peft import get_peft_model
     >>> from transformers import ViTConfig, ViTForImageClassification
-    >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     >>> vit = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes))
     >>> model = get_peft_model(vit, SsfConfig(init_weights="identity", modules_to_save=["classifier"]))
     >>> sum(p.numel() for n, p in model.named_parameters() if "unfused_ssf" in n)  # (22 per block and 4) * width
@@ -118,6 +118,10 @@ class SsfLayer(TunerLayer):
 
     def _channels(self) -> int:
         base = self.get_base_layer()
+        if base.weight is None or (isinstance(base, NORMS) and base.weight.ndim != 1):
+            raise ValueError(
+                f"target_modules: SSF needs one weight per channel to merge into, {base} has none; name it in exclude_modules"
+            )
         return base.weight.shape[-1] if isinstance(base, Conv1D) else base.weight.shape[0]
 
 

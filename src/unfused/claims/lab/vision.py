@@ -59,18 +59,18 @@ def pixel_values(images: torch.Tensor) -> torch.Tensor:
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turned by up to 15 degrees, scaled by up to 10 %, moved by up to half a pixel, with noise; a draw for each image."""
+    """Turned by up to 10 degrees, scaled by up to 10 %, moved by up to half a pixel, with noise; a draw for each image."""
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(len(images), generator=generator)
 
-    angle, scale = uniform(-math.pi / 12, math.pi / 12), uniform(0.9, 1.1)
+    angle, scale = uniform(-math.pi / 18, math.pi / 18), uniform(0.9, 1.1)
     across, down = uniform(-0.125, 0.125), uniform(-0.125, 0.125)  # the picture is 2 wide: a pixel is 0.25
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     theta = torch.stack([torch.stack([cos, -sin, across], 1), torch.stack([sin, cos, down], 1)], 1)
     grid = nn.functional.affine_grid(theta, list(images.shape), align_corners=False)
     moved = nn.functional.grid_sample(images, grid, align_corners=False)
-    return moved + 0.05 * torch.randn(moved.shape, generator=generator)
+    return moved + 0.1 * torch.randn(moved.shape, generator=generator)
 
 
 def digits_backbone(lab: Lab, num_labels: int | None = None) -> ViTForImageClassification:
@@ -82,7 +82,7 @@ def digits_backbone(lab: Lab, num_labels: int | None = None) -> ViTForImageClass
     num_labels : int, optional
         With it, the head is a new one, drawn from torch's global generator; without, it is the pretrained one of 10 digits.
     """
-    steps = lab.pick(smoke=30, desk=1500)
+    steps = lab.pick(smoke=30, desk=3000)
 
     def pretrain() -> dict[str, torch.Tensor]:
         images, labels = digit_parts(lab)["pretrain"]
@@ -94,7 +94,7 @@ def digits_backbone(lab: Lab, num_labels: int | None = None) -> ViTForImageClass
             tune(
                 model,
                 {"pixel_values": pixel_values(views), "labels": labels.repeat(len(views) // len(labels))},
-                lr=2e-3,
+                lr=1e-3,
                 steps=steps,
                 warmup=0.05,
             )
