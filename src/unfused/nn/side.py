@@ -7,15 +7,29 @@ its blocks for their tokens. Hooks move no module and rename no weight, and they
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
+from unfused.nn.blocks import transformer_blocks
 from unfused.nn.tuner import TunerLayer, TunerModel, tuner_layers
 
-__all__ = ["SideLayer", "SideModel", "first_tensor", "named_arguments", "with_first_tensor"]
+__all__ = [
+    "SideLayer",
+    "SideModel",
+    "Site",
+    "find_sites",
+    "first_tensor",
+    "named_arguments",
+    "with_first_tensor",
+]
+
+FINAL_NORMS = ("layernorm", "ln_f", "norm", "final_layer_norm")
+PROJECTIONS = {"pixel_values": "visual_projection", "input_ids": "text_projection"}
 
 
 class SideLayer(TunerLayer):
@@ -84,3 +98,72 @@ def first_tensor(value: Any) -> Any:
 def with_first_tensor(value: Any, tensor: Any) -> Any:
     """The same with other hidden states."""
     return (tensor, *value[1:]) if isinstance(value, tuple) else tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a backbone's output comes out.
+
+    Attributes
+    ----------
+    name, tower : str
+        Names of the module that gives the output, and of the transformers model whose layers lead to it.
+    layers : list of str
+        Names of these layers.
+    """
+
+    name: str
+    tower: str
+    layers: list[str]
+
+
+def find_sites(model: nn.Module, form: str) -> list[Site]:
+    """Where the backbones inside a model give their output, one site each.
+
+    Parameters
+    ----------
+    model : nn.Module
+    form : {"sequence", "pooled", "conv"}
+        The last hidden states of a transformer (from its final norm, or from its last block where that is the end); its
+        embedding (from its pooler, or the projection beside it, as in CLIP); the last stage of a CNN.
+
+    Examples
+    --------
+    >>> from transformers import ViTConfig, ViTModel
+    >>> vit = ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    >>> [site.name for form in ("sequence", "pooled") for site in find_sites(vit, form)]
+    ['layernorm', 'pooler']
+    """
+    lists: dict[str, list[str]] = {}
+    if form == "conv":
+        for name, module in model.named_modules():
+            if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "stages":
+                lists[name] = [f"{name}.{index}" for index in range(len(module))]
+    else:
+        for block in transformer_blocks(model):
+            lists.setdefault(block.name.rpartition(".")[0], []).append(block.name)
+    return [site for name, layers in lists.items() if (site := _site(model, form, name, layers))]
+
+
+def _site(model: nn.Module, form: str, list_name: str, layers: list[str]) -> Site | None:
+    tower = list_name
+    while tower and not isinstance(model.get_submodule(tower), PreTrainedModel):
+        tower = tower.rpartition(".")[0]
+    module = model.get_submodule(tower)
+    if not isinstance(module, PreTrainedModel):
+        return None
+
+    def inside(outer: str, *names: str) -> list[str]:
+        around = model.get_submodule(outer)
+        found = [name for name in names if isinstance(getattr(around, name, None), nn.Module)]
+        return [f"{outer}.{name}" if outer else name for name in found]
+
+    if form == "conv":
+        fits = len(getattr(module.config, "hidden_sizes", ())) == len(layers)
+        return Site(layers[-1], tower, layers) if fits else None
+    if form == "pooled":
+        projection = PROJECTIONS.get(module.main_input_name, "")
+        found = inside(tower, "pooler") + inside(tower.rpartition(".")[0], projection)
+        return Site(found[0], tower, layers) if found else None
+    norms = inside(tower, *FINAL_NORMS) + inside(list_name.rpartition(".")[0], *FINAL_NORMS)
+    return Site([*norms, layers[-1]][0], tower, layers)
