@@ -312,7 +312,8 @@ def initialize_s2ft(
         for layer in disabled:
             layer.enable_adapters(False)
         if config.selection == "gradient":
-            scores = _gradient_norms(peft_model, layers, batches, loss_fn or (lambda m, b: m(**b).loss))
+            with torch.enable_grad():
+                scores = _gradient_norms(peft_model, layers, batches, loss_fn or (lambda m, b: m(**b).loss))
         else:
             scores = _activations(peft_model, layers, batches)
         if config.selection == "product":
