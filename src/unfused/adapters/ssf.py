@@ -117,8 +117,9 @@ class SsfLayer(TunerLayer):
         return weight, bias
 
     def _channels(self) -> int:
-        base: Any = self.get_base_layer()
-        if base.weight is None or (isinstance(base, NORMS) and base.weight.ndim != 1):
+        base = self.get_base_layer()
+        is_norm = isinstance(base, NORMS)
+        if base.weight is None or (is_norm and base.weight.ndim != 1):
             raise ValueError(
                 f"target_modules: SSF needs one weight per channel to merge into, {base} has none; name it in exclude_modules"
             )
