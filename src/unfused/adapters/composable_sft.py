@@ -165,7 +165,7 @@ class LtSftModel(SparseModel):
     layer_types = (((nn.Linear, Conv1D, nn.Conv2d, nn.Embedding), LtSftLayer),)
 
     def choose(self, config: LtSftConfig, adapter_name: str) -> None:
-        found: dict[str, tuple[Any, SparseDelta, torch.Tensor]] = self.sparse_deltas(adapter_name)
+        found = self.sparse_deltas(adapter_name)
         everything = sum(p.numel() for name, p in self.model.named_parameters() if "unfused_" not in name)
         sizes = {}
         for name, (layer, delta, _) in found.items():
@@ -207,7 +207,7 @@ def lottery_ticket_select(
     """
     adapter_name = _one_active(model, adapter_name)
     configs: Any = model.peft_config
-    found: dict[str, tuple[Any, SparseDelta, torch.Tensor]] = sparse_deltas(model, adapter_name)
+    found = sparse_deltas(model, adapter_name)
     config = configs[adapter_name]
     budget = _budget(
         config, [layer.selectable(name.rpartition(".")[2])[0] for name, (layer, _, _) in found.items()]

@@ -117,24 +117,31 @@ class SparseModel(TunerModel):
     """Chooses the positions once all layers are there, since a budget is shared by all of them."""
 
     tuner_layer_cls = SparseLayer
+    _targets: Any
 
     def choose(self, config: Any, adapter_name: str) -> None:
         """Give the adapter's changes their positions, with `SparseDelta.resize_`."""
         raise NotImplementedError
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        config = super()._prepare_adapter_config(peft_config, model_config)
+        self.__dict__["_targets"] = config.target_modules
+        return config
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
+        # PEFT shortens a long list of names to suffixes; one called "embed_tokens" then makes it save the whole table.
+        config.target_modules = self._targets
         with torch.no_grad():
-            self.choose(self.peft_config[adapter_name], adapter_name)
+            self.choose(config, adapter_name)
 
-    def sparse_deltas(self, adapter_name: str) -> dict[str, tuple[SparseLayer, SparseDelta, torch.Tensor]]:
+    def sparse_deltas(self, adapter_name: str) -> dict[str, tuple[Any, Any, torch.Tensor]]:
         """All changes of an adapter, by the full name of the tensor: (layer, change, original tensor)."""
         return sparse_deltas(self.model, adapter_name)
 
 
-def sparse_deltas(
-    model: nn.Module, adapter_name: str
-) -> dict[str, tuple[SparseLayer, SparseDelta, torch.Tensor]]:
+def sparse_deltas(model: nn.Module, adapter_name: str) -> dict[str, tuple[Any, Any, torch.Tensor]]:
     """The same for any model that holds such layers; names as in the model without adapters."""
     return {
         f"{name.removeprefix('base_model.model.')}.{part}": (layer, delta, original)

@@ -219,6 +219,8 @@ class TunerModel(BaseTuner):
     ----------
     layer_types : tuple of (type or tuple of types, TunerLayer subclass)
         What can be wrapped, and by what; the first match counts.
+    heads : tuple of str
+        Names of modules that `target_modules="all"` leaves alone, with all that is inside.
     not_mergeable : str
         Why `merge_and_unload` is impossible; empty where it is possible.
     """
@@ -227,6 +229,7 @@ class TunerModel(BaseTuner):
     tuner_layer_cls = TunerLayer
     target_module_mapping: dict[str, Any] = {}
     layer_types: ClassVar[tuple[tuple[Any, type[TunerLayer]], ...]] = ()
+    heads: ClassVar[tuple[str, ...]] = HEADS
     not_mergeable: ClassVar[str] = ""
 
     # -- scheduled and regularised methods ---------------------------------------------------------------------------
@@ -288,7 +291,7 @@ class TunerModel(BaseTuner):
         return found if isinstance(found, str) else set(found)
 
     def _all_targets(self, config: Any) -> Iterator[str]:
-        outside = {*HEADS, *(config.modules_to_save or ())}
+        outside = {*self.heads, *(config.modules_to_save or ())}
         kinds = tuple(
             kind
             for types, _ in self.layer_types
