@@ -19,7 +19,7 @@ def write(folder, dtype="float32"):
 
 
 def test_items_come_back_in_any_order_without_padding(tmp_path):
-    hidden, mask, writer = write(tmp_path / "a")
+    hidden, _, writer = write(tmp_path / "a")
     states = writer.close(place="here")
     assert len(states) == 4 and states.about == {"place": "here"} and states.shapes == [[2], [5]]
     batch = states.batch([3, 1, 2])
