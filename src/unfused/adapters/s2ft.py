@@ -29,7 +29,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from unfused.nn.blocks import transformer_blocks
+from unfused.nn.blocks import Block, attention_heads, module_at, transformer_blocks
 from unfused.nn.peft_register import register
 from unfused.nn.select import select_global, squared_gradients
 from unfused.nn.tuner import TunerConfig, TunerLayer, TunerModel, tuner_layers
@@ -194,7 +194,7 @@ class S2ftModel(TunerModel):
             if self._check_target_module_exists(
                 config, key
             ):  # what cannot be is said before the model is changed
-                _ratio_key(config, key, self._parts.get(key, ("", ""))[0])
+                _ratio_key(config, key, self._role(key))
                 self._head_size(config, key)
         return config
 
@@ -208,7 +208,7 @@ class S2ftModel(TunerModel):
 
     def make_layer(self, config: Any, adapter_name: str, target: nn.Module, key: str) -> TunerLayer:
         layer: Any = super().make_layer(config, adapter_name, target, key)
-        layer.role = self._parts.get(key, ("", ""))[0]
+        layer.role = self._role(key)
         return layer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -251,15 +251,19 @@ class S2ftModel(TunerModel):
                 layers[key].choose(adapter_name, index)
                 layers[key].unfused_s2ft_waiting[adapter_name] = False
 
+    def _role(self, key: str) -> str:
+        return self._parts[key][0] if key in self._parts else ""
+
     def _head_size(self, config: S2ftConfig, key: str) -> int:
-        role, out = self._parts.get(key, ("", ""))
-        if role not in BY_HEADS or config.num_heads == 0:
+        if self._role(key) not in BY_HEADS or config.num_heads == 0:
             return 1
-        base = self.model.get_submodule(out)
-        width = _shape(getattr(base, "base_layer", base))[1]
-        heads = _heads(self.model, out) if config.num_heads == "auto" else int(config.num_heads)
+        block = self._parts[key][1]
+        width = _shape(module_at(self.model, block.attention_out))[1]
+        heads = attention_heads(self.model, block) if config.num_heads == "auto" else int(config.num_heads)
         if width % heads:
-            raise ValueError(f"S2ftConfig: num_heads={heads} does not divide the {width} channels of {out!r}")
+            raise ValueError(
+                f"S2ftConfig: num_heads={heads} does not divide the {width} channels of {block.attention_out!r}"
+            )
         return width // heads
 
 
@@ -338,10 +342,10 @@ def _ratio_key(config: S2ftConfig, key: str, role: str) -> str:
     return max(found, key=len)
 
 
-def _parts(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Module name -> its part in a block, and the name of that block's attention output."""
+def _parts(model: nn.Module) -> dict[str, tuple[str, Block]]:
+    """Module name -> its part in a block, and the block."""
     return {
-        getattr(block, role): (role, block.attention_out)
+        getattr(block, role): (role, block)
         for block in transformer_blocks(model)
         for role in (*COLUMNS, *ROWS)
         if getattr(block, role)
@@ -353,22 +357,6 @@ def _shape(base: Any) -> tuple[int, int]:
     if isinstance(base, Conv1D):
         return base.weight.shape[1], base.weight.shape[0]
     return base.out_features, base.in_features
-
-
-def _heads(model: nn.Module, attention_out: str) -> int:
-    """Number of heads, by the attention module or the model's config."""
-    outer = attention_out.rpartition(".")[0]
-    for name in (outer, f"{outer}.self", outer.rpartition(".")[0], f"{outer.rpartition('.')[0]}.self"):
-        module: Any = model
-        for part in name.split("."):
-            module = getattr(module, part, None)
-        for source in (module, getattr(module, "config", None)):
-            for attribute in ("num_attention_heads", "num_heads", "n_head"):
-                if isinstance(heads := getattr(source, attribute, None), int):
-                    return heads
-    raise ValueError(
-        f"S2ftConfig: num_heads='auto' found no number of heads around {attention_out!r}: give it"
-    )
 
 
 def _weight_norms(layer: S2ftLayer) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["Block", "module_at", "transformer_blocks"]
+__all__ = ["Block", "attention_heads", "module_at", "transformer_blocks"]
 
 ATTENTION = ("attention", "self_attn", "attn", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn")
@@ -108,6 +108,30 @@ def module_at(model: nn.Module, name: str) -> nn.Module:
     if found is None:
         raise ValueError(f"{type(model).__name__} has no module {name!r}")
     return found
+
+
+def attention_heads(model: nn.Module, block: Block) -> int:
+    """Number of (query) heads of a block, by its attention module or that module's config.
+
+    Raises
+    ------
+    ValueError
+        Where neither says.
+
+    Examples
+    --------
+    >>> from transformers import ViTConfig, ViTModel
+    >>> vit = ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    >>> attention_heads(vit, transformer_blocks(vit)[0])
+    2
+    """
+    attention = module_at(model, block.attention)
+    for module in (attention, getattr(attention, "self", None)):
+        for source in (module, getattr(module, "config", None)):
+            for name in ("num_attention_heads", "num_heads", "n_head"):
+                if isinstance(heads := getattr(source, name, None), int):
+                    return heads
+    raise ValueError(f"the number of heads of {block.attention!r} is unknown")
 
 
 def _block(name: str, module: nn.Module) -> Block | None:
