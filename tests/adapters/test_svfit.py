@@ -10,7 +10,16 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, GPTNeoXConfig, GPTNeoXModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    ViTConfig,
+    ViTModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from unfused.adapters import SvFitConfig
@@ -200,6 +209,32 @@ def test_merging_logs_flipped_directions(caplog):
     with caplog.at_level(logging.WARNING):
         model.merge_and_unload()
     assert "2 singular values went below 0" in caplog.text
+
+
+def test_default_targets_by_kind_of_model():
+    def last_names(model):
+        found = get_peft_model(model, SvFitConfig(r=1)).base_model.singular_values()
+        return {name.rpartition(".")[2] for name in found}
+
+    assert last_names(ViTModel(ViTConfig(image_size=8, patch_size=4, **SIZES))) == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    assert last_names(BertModel(BertConfig(vocab_size=20, **SIZES))) == {"query", "value"}
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    assert last_names(unet) == {"to_q", "to_k", "to_v", "0"}
+    with pytest.raises(ValueError, match="target_modules is not given"):
+        get_peft_model(net(nn.Linear(2, 2)), SvFitConfig())
 
 
 def test_param_groups_keep_decay_off_the_values():

@@ -255,6 +255,17 @@ class SvFitModel(TunerModel):
             if isinstance(layer, SvFitLayer) and layer.has(adapter_name)
         }
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """All but the directions, which are frozen like the weights and as large."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in tuner_layers(self.model):
+            if isinstance(layer, SvFitLayer) and layer.has(adapter_name):
+                basis = layer.unfused_svfit_basis[adapter_name]
+                weight = layer.get_base_layer().weight
+                basis.u, basis.v = (
+                    m.to(weight.dtype) if weight.is_floating_point() else m for m in (basis.u, basis.v)
+                )
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         negative = sum(
