@@ -14,8 +14,8 @@ from torch.nn import functional as F
 __all__ = ["Batch", "LayerProbe", "hidden_states", "layer_probe", "plot_layers", "pooled"]
 
 Batch = Mapping[str, torch.Tensor]
-STEPS, BATCH, LEARNING_RATE, MARGIN = 300, 128, 3e-3, 0.3
-"""Of training: steps, samples a step, Adam's rate, and by how much a cosine to the same group must be the larger."""
+BATCH, LEARNING_RATE, MARGIN = 128, 3e-3, 0.3
+"""Of training: samples a step, Adam's rate, and by how much a cosine to the same group must be the larger."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def layer_probe(
     kind: str = "token",
     test_fraction: float = 0.25,
     batch_size: int = 64,
+    steps: int = 300,
     seed: int = 0,
 ) -> LayerProbe:
     """Train linear maps on frozen hidden states: one on each layer, and one on a mixture that weighs the layers by input.
@@ -103,6 +104,8 @@ def layer_probe(
         Of the samples, drawn at random and held out.
     batch_size : int, default=64
         Of the passes through the model.
+    steps : int, default=300
+        Of training the probes, 128 samples each.
     seed : int, default=0
 
     Returns
@@ -131,7 +134,7 @@ def layer_probe(
     )
     optimizer = torch.optim.Adam(probes.parameters(), lr=LEARNING_RATE)
     rows = torch.nonzero(~test).flatten()
-    for _ in range(STEPS):
+    for _ in range(steps):
         batch = rows[torch.randint(len(rows), (BATCH,), generator=generator)]
         optimizer.zero_grad()
         loss(probes(x[batch])[0], labels[batch]).backward()
