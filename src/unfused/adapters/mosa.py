@@ -32,7 +32,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unfused.nn.blocks import transformer_blocks
 from unfused.nn.bottleneck import Bottleneck, BottleneckLayer, Site, SiteModel, find_sites
 from unfused.nn.peft_register import peft_type, register
 from unfused.nn.tuner import TunerConfig
@@ -294,11 +293,7 @@ class MosaModel(SiteModel):
         if config.style != "lora":
             return set(self.sites_of(config, sublayers))
         find_sites(self.model, "attention")  # says so where there are no blocks
-        return {
-            getattr(block, name) or block.fused_qkv
-            for block in transformer_blocks(self.model)
-            for name in sublayers
-        }
+        return {getattr(block, name) or block.fused_qkv for block in self._blocks for name in sublayers}
 
     def merge_experts(self, adapter_name: str | None = None) -> None:
         """Fold the parts of an adapter (by default of the active ones) into one; it trains on as a plain adapter."""

@@ -37,7 +37,6 @@ from unfused.nn.attention import (
     attention_modules,
     head_sizes,
 )
-from unfused.nn.blocks import transformer_blocks
 from unfused.nn.bottleneck import SUBLAYERS, BottleneckLayer, SiteModel
 from unfused.nn.peft_register import register
 from unfused.nn.tuner import TunerConfig, TunerLayer
@@ -316,7 +315,7 @@ class BottleneckModel(PrefixModel, SiteModel):
         found = set(self.sites_of(config, sublayers))
         if "heads" in config.sublayers:
             found |= set(attention_modules(self.model, cross=config.form == "prefix"))
-        for block in transformer_blocks(self.model):
+        for block in self._blocks:
             found |= {
                 getattr(block, name) or block.fused_qkv for name in config.sublayers if name in PROJECTIONS
             }
@@ -329,9 +328,7 @@ class BottleneckModel(PrefixModel, SiteModel):
     ) -> TunerLayer:
         if config.form == "prefix":
             return self.attention_layer(_SinglePrefixLayer, target, adapter_name, key)
-        if list(config.sublayers) == ["heads"] or (
-            "heads" in config.sublayers and key in attention_modules(self.model)
-        ):
+        if list(config.sublayers) == ["heads"] or ("heads" in config.sublayers and key in self._attention):
             return self.attention_layer(_HeadsLayer, target, adapter_name, key)
         return super().make_layer(config, adapter_name, target, key)
 
@@ -368,14 +365,12 @@ class MamModel(PrefixModel, SiteModel):
 
     def default_targets(self, config: MamConfig, model_config: dict) -> Any:
         ffn = set(config.target_ffn or self.sites_of(config, ["ffn"]))
-        return ffn | set(config.target_attention or attention_modules(self.model))
+        return ffn | set(config.target_attention or self._attention)
 
     def make_layer(self, config: MamConfig, adapter_name: str, target: nn.Module, key: str) -> TunerLayer:
         attention = config.target_attention
         is_attention = (
-            any(f".{key}".endswith(f".{name}") for name in attention)
-            if attention
-            else key in attention_modules(self.model)
+            any(f".{key}".endswith(f".{name}") for name in attention) if attention else key in self._attention
         )
         if is_attention:
             return self.attention_layer(_MamPrefixLayer, target, adapter_name, key)

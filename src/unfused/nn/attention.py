@@ -317,6 +317,7 @@ class PrefixModel(TunerModel):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         self._trunks: dict[str, PrefixTrunk] = {}
+        self._attention = attention_modules(self.model)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def extend_layer(self, layer: TunerLayer, adapter_name: str, config: Any, key: str) -> None:

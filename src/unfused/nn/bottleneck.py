@@ -400,11 +400,21 @@ class SiteModel(TunerModel):
         """One of READS."""
         raise NotImplementedError
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        self._known: dict[
+            tuple[str, str], dict[str, Site]
+        ] = {}  # of this injection: names stay as they are during it
+        self._blocks = transformer_blocks(self.model)
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def sites_of(self, config: Any, sublayers: Sequence[str]) -> dict[str, Site]:
-        """All sites of these sublayers for this config."""
+        """All sites of these sublayers for this config, by name."""
         found: dict[str, Site] = {}
         for sublayer in sublayers:
-            found |= find_sites(self.model, sublayer, self.reads(config))
+            key = (sublayer, self.reads(config))
+            if key not in self._known:
+                self._known[key] = find_sites(self.model, *key)
+            found |= self._known[key]
         return found
 
     def default_targets(self, config: Any, model_config: dict) -> Any:
@@ -413,15 +423,14 @@ class SiteModel(TunerModel):
     def site(self, config: Any, name: str, module: nn.Module) -> Site:
         """The site of a module that the user named: one that we know, or any module with one input and one output."""
         reads = self.reads(config)
-        blocks = transformer_blocks(self.model)
+        blocks = self._blocks
         if any(name == block.attention and block.attention_out.endswith(".output.dense") for block in blocks):
             raise ValueError(
                 f"target_modules: {name!r} ends with the LayerNorm that a correction has to come before: leave target_modules "
                 f"out, or name {name.rsplit('.', 1)[-1]}.output"
             )
-        for sublayer in SUBLAYERS if blocks else ():
-            if (known := find_sites(self.model, sublayer, reads).get(name)) is not None:
-                return known
+        if (known := self.sites_of(config, SUBLAYERS if blocks else ()).get(name)) is not None:
+            return known
         if reads not in ("input", "output"):
             raise ValueError(
                 f"target_modules: the residual stream around {name!r} is not known; leave target_modules out, or choose an "
