@@ -29,7 +29,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from unfused.nn.blocks import Block, attention_heads, module_at, transformer_blocks
+from unfused.nn.blocks import Block, attention_heads, linear_shape, module_at, transformer_blocks
 from unfused.nn.peft_register import register
 from unfused.nn.select import select_global, squared_gradients
 from unfused.nn.tuner import TunerConfig, TunerLayer, TunerModel, tuner_layers
@@ -126,7 +126,7 @@ class S2ftLayer(TunerLayer):
 
     def channels(self) -> int:
         """Of the side that is chosen from."""
-        return _shape(self.get_base_layer())[0 if self.rows else 1]
+        return linear_shape(self.get_base_layer())[0 if self.rows else 1]
 
     def update_layer(self, adapter_name: str, config: S2ftConfig) -> None:
         self.unfused_s2ft_waiting[adapter_name] = True
@@ -135,7 +135,7 @@ class S2ftLayer(TunerLayer):
     def choose(self, adapter_name: str, index: torch.Tensor) -> None:
         """Train these channels, from zero."""
         base = self.get_base_layer().weight
-        out, into = _shape(self.get_base_layer())
+        out, into = linear_shape(self.get_base_layer())
         shape = (len(index), into) if self.rows else (out, len(index))
         delta = torch.zeros(shape, device=base.device, dtype=torch.promote_types(base.dtype, torch.float32))
         old = self.unfused_s2ft_delta[adapter_name] if adapter_name in self.unfused_s2ft_delta else None
@@ -258,7 +258,7 @@ class S2ftModel(TunerModel):
         if self._role(key) not in BY_HEADS or config.num_heads == 0:
             return 1
         block = self._parts[key][1]
-        width = _shape(module_at(self.model, block.attention_out))[1]
+        width = linear_shape(module_at(self.model, block.attention_out))[1]
         heads = attention_heads(self.model, block) if config.num_heads == "auto" else int(config.num_heads)
         if width % heads:
             raise ValueError(
@@ -350,13 +350,6 @@ def _parts(model: nn.Module) -> dict[str, tuple[str, Block]]:
         for role in (*COLUMNS, *ROWS)
         if getattr(block, role)
     }
-
-
-def _shape(base: Any) -> tuple[int, int]:
-    """(out, in) of a linear map."""
-    if isinstance(base, Conv1D):
-        return base.weight.shape[1], base.weight.shape[0]
-    return base.out_features, base.in_features
 
 
 def _weight_norms(layer: S2ftLayer) -> torch.Tensor:

@@ -34,7 +34,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from unfused.nn.blocks import transformer_blocks
+from unfused.nn.blocks import linear_shape, transformer_blocks
 from unfused.nn.norms import NORMS
 from unfused.nn.peft_register import register
 from unfused.nn.select import squared_gradients
@@ -197,7 +197,7 @@ class SptLayer(SparseLayer):
         self.unfused_spt_waiting[adapter_name] = config.positions is None
         self.unfused_spt_options[adapter_name] = (config.dropout, config.drop_path)
         if parts.get("structured"):
-            out, into = _shape(self.get_base_layer())
+            out, into = linear_shape(self.get_base_layer())
             lora = config.structured == "lora"
             down = torch.empty(config.r, into if lora else out)
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
@@ -551,14 +551,8 @@ def _structured_cost(model: nn.Module, config: SptConfig, name: str) -> float:
     module = model.get_submodule(name.rpartition(".")[0])
     if name.endswith(".bias") or isinstance(module, NORMS):
         return np.inf
-    out, into = _shape(module)
+    out, into = linear_shape(module)
     return config.r * (into + out) if config.structured == "lora" else 2 * config.r * out + config.r + out
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear map."""
-    first, second = module.weight.shape  # type: ignore[misc, union-attr]
-    return (second, first) if isinstance(module, Conv1D) else (first, second)
 
 
 def _width(embeddings: nn.Module) -> int:

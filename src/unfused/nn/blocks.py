@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Block", "attention_heads", "module_at", "transformer_blocks"]
+__all__ = ["Block", "attention_heads", "linear_shape", "module_at", "transformer_blocks"]
 
 ATTENTION = ("attention", "self_attn", "attn", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn")
@@ -132,6 +134,18 @@ def attention_heads(model: nn.Module, block: Block) -> int:
                 if isinstance(heads := getattr(source, name, None), int):
                     return heads
     raise ValueError(f"the number of heads of {block.attention!r} is unknown")
+
+
+def linear_shape(linear: Any) -> tuple[int, int]:
+    """(out, in) of a Linear or Conv1D.
+
+    Examples
+    --------
+    >>> linear_shape(nn.Linear(2, 3)), linear_shape(Conv1D(3, 2))
+    ((3, 2), (3, 2))
+    """
+    first, second = linear.weight.shape
+    return (second, first) if isinstance(linear, Conv1D) else (first, second)
 
 
 def _block(name: str, module: nn.Module) -> Block | None:
