@@ -164,3 +164,12 @@ def test_what_a_decoder_retains_is_measured_in_shares(lab):
     found = text.retained(lab, text.decoder(lab))
     assert set(found) == {"facts", "facts_asked", "copy", "reverse", "count", "bits_per_byte"}
     assert found["bits_per_byte"] > 0 and all(0 <= v <= 1 for k, v in found.items() if k != "bits_per_byte")
+
+
+def test_packed_prompts_are_not_labelled(words):
+    prompts, answers = text.string_task("reverse", 40, seed=0)
+    rows = text.pack(words, answers, 32, prompts=prompts)
+    labelled = rows["input_ids"][rows["labels"] != -100]
+    assert words.decode(labelled) == "".join(f"{answer}[SEP]" for answer in answers)
+    everything = rows["input_ids"][rows["attention_mask"] == 1]
+    assert words.decode(everything).startswith(f"[CLS]{prompts[0]}{answers[0]}[SEP][CLS]{prompts[1]}")
