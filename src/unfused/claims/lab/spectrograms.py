@@ -52,30 +52,47 @@ def sounds(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.
     t = torch.arange(SAMPLES).view(1, -1) / RATE  # (1, samples)
     white = torch.randn(count, SAMPLES, generator=generator)
     pitch, rate, span = 200 * 2 ** uniform(0, 4), uniform(3, 9), uniform(1.5, 3)
-    smooth = nn.functional.avg_pool1d(white[:, None], 9, 1, 4)[:, 0]
-    phase = 2 * math.pi * pitch * t
-    share = t / t.max()
-    sweep = 2 * math.pi * pitch * t.max() * (span**share - 1) / span.log()
-    beat = (2 * math.pi * rate * t).sin()
-    ages = (t * rate) % 1 / rate  # seconds since the last click
-    made = [
-        phase.sin(),
-        torch.stack([(k * phase / 2).sin() / k for k in range(1, 7)]).sum(0),
-        sweep.sin(),
-        sweep.flip(1).sin(),
-        white,
-        smooth,
-        white - smooth,
-        white * (0.5 + 0.5 * beat) ** 2,
-        white * (-ages * 80).exp(),
-        white * (-t * 8).exp(),
-        (phase * torch.where(beat > 0, 1.0, 1.5)).sin(),
-        (phase + 0.06 * pitch / rate * beat).sin(),
-    ]
-    waves = torch.stack(made, 1)[torch.arange(count), kinds]
+    waves = torch.empty_like(white)
+    for kind in range(KINDS):
+        rows = kinds == kind
+        if rows.any():
+            waves[rows] = _wave(kind, t, pitch[rows], rate[rows], span[rows], white[rows])
     begin, end = uniform(0, 0.4), uniform(0.8, 1.3)
     waves = waves / waves.square().mean(1, keepdim=True).sqrt() * ((t >= begin) & (t < end))
     return waves + uniform(0.01, 0.2) * torch.randn(waves.shape, generator=generator), kinds
+
+
+def _wave(
+    kind: int,
+    t: torch.Tensor,
+    pitch: torch.Tensor,
+    rate: torch.Tensor,
+    span: torch.Tensor,
+    white: torch.Tensor,
+) -> torch.Tensor:
+    """One kind of sound: (n, samples) of times (1, samples), pitches, beats per second, spans of a sweep and noise."""
+    phase, beat = 2 * math.pi * pitch * t, (2 * math.pi * rate * t).sin()
+    if kind in (0, 1):
+        return (
+            sum(((k * phase / 2).sin() / k for k in range(1, 7)), start=torch.zeros(()))
+            if kind
+            else phase.sin()
+        )
+    if kind in (2, 3):
+        sweep = (2 * math.pi * pitch * t.max() * (span ** (t / t.max()) - 1) / span.log()).sin()
+        return sweep if kind == 2 else sweep.flip(1)
+    if kind in (4, 5, 6):
+        smooth = nn.functional.avg_pool1d(white[:, None], 9, 1, 4)[:, 0]
+        return (white, smooth, white - smooth)[kind - 4]
+    if kind == 7:
+        return white * (0.5 + 0.5 * beat) ** 2
+    if kind == 8:
+        return white * (-80 * ((t * rate) % 1) / rate).exp()  # clicks
+    if kind == 9:
+        return white * (-t * 8).exp()
+    if kind == 10:
+        return (phase * torch.where(beat > 0, 1.0, 1.5)).sin()
+    return (phase + 0.06 * pitch / rate * beat).sin()
 
 
 def _loudest_windows(world: AudioWorld) -> torch.Tensor:
