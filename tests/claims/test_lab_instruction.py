@@ -27,10 +27,10 @@ def test_answers_are_right(task):
         said = answer.split()
         assert name == task and arrow == "->" and 2 <= len(word) <= 5
         expected = {
-            "sort": sorted(word),
             "next": ["a" if c == "z" else chr(ord(c) + 1) for c in word],
             "last": [word[-1]],
             "double": list(np.repeat(word, 2)),
+            "vowels": [str(sum(map("aeiou".count, word)))],
         }[task]
         assert said == expected
 

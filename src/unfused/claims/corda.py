@@ -1,9 +1,9 @@
 """A start that looks at the data (CorDA) forgets fewer facts at equal task accuracy, or learns the new task faster.
 
 The paper: knowledge-preserved mode (KPM) keeps more of what the base model knows than LoRA while it learns as well, and
-instruction-previewed mode (IPM) learns faster than PiSSA. Here a tiny Llama that knows 400 invented facts is taught to sort
-and to shift letters, r = 8 in all linear layers. KPM is calibrated on 200 of the facts, IPM on 200 rows of the task. Each arm
-has four learning rates; what counts is the area under its frontier of (task accuracy, recall of the 200 facts that no arm was
+instruction-previewed mode (IPM) learns faster than PiSSA. Here a tiny Llama that knows 400 invented facts is taught four
+string tasks, r = 8 in all linear layers. KPM is calibrated on 200 of the facts, IPM on 200 rows of the tasks. Each arm has
+three learning rates; what counts is the area under its frontier of (task accuracy, recall of the 200 facts that no arm was
 shown), so that the trade-off is compared along the whole path. IPM is judged by task accuracy after a fifth of the steps,
 at the rate that validation chooses.
 
@@ -26,7 +26,14 @@ from torch import nn
 from unfused.adapters import calibrate_corda
 from unfused.claims.lab import Lab, Verdict
 from unfused.claims.lab import tuning as t
-from unfused.claims.lab.instruction import frontier_area, new_task, share_right, stacked
+from unfused.claims.lab.instruction import (
+    NEW_TASKS,
+    frontier_area,
+    new_task,
+    rows_right,
+    share_right,
+    stacked,
+)
 from unfused.claims.lab.text import decoder, fact_prompts, facts, pairs, tokenizer
 
 KPM_RULE = (
@@ -34,10 +41,11 @@ KPM_RULE = (
     "reaches 0"
 )
 IPM_RULE = "the 95 % interval of the paired gain in accuracy over LoRA or PiSSA reaches 0"
-TASKS = ("sort", "next")
 R = 8
-FROM_ZERO, FROM_WEIGHTS, WHOLE = (1e-3, 3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3, 3e-3)
+FROM_ZERO, FROM_WEIGHTS, WHOLE = (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
 SVD_LAST, RECALL = "last components of SVD", "facts not shown"
+
+SMALL = {"batch_size": 16}
 
 Grid = Mapping[str, Mapping[float, Sequence[Mapping[str, float]]]]
 
@@ -46,33 +54,33 @@ def claim(lab: Lab) -> list[Verdict]:
     words, known = tokenizer(lab), facts(400)[:: lab.pick(smoke=20, desk=1)]
     half = len(known) // 2
     shown = pairs(words, *fact_prompts(known[:half]))
-    asked = {
-        RECALL: pairs(words, *fact_prompts(known[half:])),
-        "facts shown": shown,
-        "facts in question form": pairs(words, *fact_prompts(known, form=1)),
-    }
+    asked = {RECALL: pairs(words, *fact_prompts(known[half:])), "facts shown": shown}
 
     def rows(count: int, seed: int) -> t.Batch:
-        return stacked([pairs(words, *new_task(name, count, seed)) for name in TASKS])
+        return stacked([pairs(words, *new_task(name, count, seed)) for name in NEW_TASKS])
 
-    train = rows(lab.pick(smoke=40, desk=1500), 0)
-    task = t.Task(train, rows(lab.pick(smoke=10, desk=100), 1), rows(lab.pick(smoke=10, desk=250), 2))
+    train = rows(lab.pick(smoke=20, desk=800), 0)
+    task = t.Task(train, rows(lab.pick(smoke=5, desk=25), 1), rows(lab.pick(smoke=5, desk=75), 2))
     preview = {name: column[:: max(1, len(column) // 200)] for name, column in train.items()}
     world = t.TuningWorld(
         "new strings", lambda _: decoder(lab), lambda _: task, functools.partial(judge, asked=asked)
     )
     arms = {
-        "CorDA KPM": t.Arm(functools.partial(components, mode="kpm", batch=shown), FROM_WEIGHTS),
-        "LoRA": t.Arm(lora, FROM_ZERO),
-        SVD_LAST: t.Arm(functools.partial(components, mode="kpm"), FROM_WEIGHTS),
-        "CorDA IPM": t.Arm(functools.partial(components, mode="ipm", batch=preview), FROM_WEIGHTS),
-        "PiSSA": t.Arm(functools.partial(lora, start="pissa"), FROM_WEIGHTS),
-        "LoRA with replay": t.Arm(lora, FROM_ZERO, train=functools.partial(replay, rows=shown)),
-        "full fine-tuning": t.Arm(t.full.prepare, WHOLE),
+        "CorDA KPM": t.Arm(
+            functools.partial(components, mode="kpm", batch=shown), FROM_WEIGHTS, recipe=SMALL
+        ),
+        "LoRA": t.Arm(lora, FROM_ZERO, recipe=SMALL),
+        SVD_LAST: t.Arm(functools.partial(components, mode="kpm"), FROM_WEIGHTS, recipe=SMALL),
+        "CorDA IPM": t.Arm(
+            functools.partial(components, mode="ipm", batch=preview), FROM_WEIGHTS, recipe=SMALL
+        ),
+        "PiSSA": t.Arm(functools.partial(lora, start="pissa"), FROM_WEIGHTS, recipe=SMALL),
+        "LoRA with replay": t.Arm(lora, FROM_ZERO, train=functools.partial(replay, rows=shown), recipe=SMALL),
+        "full fine-tuning": t.Arm(t.full.prepare, WHOLE, recipe=SMALL),
     }
     if lab.scale == "smoke":
         arms = {name: arms[name] for name in ("CorDA KPM", "LoRA", SVD_LAST)}
-    seeds, steps = lab.seeds[:3], lab.pick(smoke=2, desk=200)
+    seeds, steps = lab.seeds[:3], lab.pick(smoke=2, desk=150)
     verdicts = [kept(lab, t.measure(lab, world, arms, seeds, steps))]
     if lab.scale != "smoke":
         early = {name: arm for name, arm in arms.items() if name not in (SVD_LAST, "LoRA with replay")}
@@ -95,8 +103,7 @@ def kept(lab: Lab, grid: Grid) -> Verdict:
             "task accuracy": float(np.mean([row["test"] for row in rows])),
             **{
                 name: float(np.mean([row[name] for row in rows]))
-                for name in rows[0]
-                if name.startswith("facts")
+                for name in (RECALL, "facts shown", *NEW_TASKS)
             },
         }
         for arm, by_lr in grid.items()
@@ -108,7 +115,7 @@ def kept(lab: Lab, grid: Grid) -> Verdict:
         baselines=areas,
         rule=KPM_RULE,
         holds=all(above_zero(gains[arm]) for arm in ("LoRA", SVD_LAST)),
-        world="tiny Llama: 400 facts to keep, two string tasks to learn",
+        world="tiny Llama: 400 facts to keep, four string tasks to learn",
         name="CorDA KPM",
         ablations={"Along the learning rates, means over seeds": path},
     )
@@ -133,7 +140,7 @@ def learned(lab: Lab, grid: Grid) -> Verdict:
         baselines=accuracy,
         rule=IPM_RULE,
         holds=all(above_zero(gains[arm]) for arm in ("LoRA", "PiSSA")),
-        world="tiny Llama: two string tasks to learn",
+        world="tiny Llama: four string tasks to learn",
         name="CorDA IPM",
         ablations={"At the rates that validation chooses, means over seeds": chosen},
     )
@@ -144,8 +151,15 @@ def above_zero(gain: Any) -> bool:
 
 
 def judge(model: nn.Module, task: t.Task, asked: Mapping[str, t.Batch]) -> dict[str, float]:
-    parts = {"valid": task.valid, "test": task.test, **asked}
-    return {name: share_right(model, batch) for name, batch in parts.items()}
+    parts = {"valid": task.valid, **asked}
+    by_task = (
+        rows_right(model, task.test).view(len(NEW_TASKS), -1).float().mean(1)
+    )  # the test is in their order
+    return {
+        **{name: share_right(model, batch) for name, batch in parts.items()},
+        "test": float(by_task.mean()),
+        **dict(zip(NEW_TASKS, by_task.tolist(), strict=True)),
+    }
 
 
 def lora(model: nn.Module, start: bool | str = True) -> nn.Module:

@@ -2,7 +2,7 @@
 
 The tasks are none of those that the decoder was pretrained on:
 
-    sort d a c -> a c d           next b a t -> c b u           last b a t -> t           double b a -> b b a a
+    last b a t -> t           double b a -> b b a a           next b a t -> c b u           vowels b a t -> 1
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unfused.claims.lab.tuning import Batch
 
 __all__ = ["NEW_TASKS", "frontier_area", "new_task", "rows_right", "share_right", "stacked"]
 
-NEW_TASKS = ("sort", "next", "last", "double")
+NEW_TASKS = ("last", "double", "next", "vowels")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -28,8 +28,8 @@ def new_task(
 
     Examples
     --------
-    >>> new_task("sort", 1, seed=0)
-    (['sort d a q z v ->'], [' a d q v z'])
+    >>> new_task("last", 1, seed=0)
+    (['last d a q z v ->'], [' v'])
     """
     if task not in NEW_TASKS:
         raise ValueError(f"task={task!r}: choose one of {', '.join(NEW_TASKS)}")
@@ -38,10 +38,10 @@ def new_task(
     for length in generator.integers(letters[0], letters[1] + 1, count):
         word = [LETTERS[i] for i in generator.integers(26, size=length)]
         answer = {
-            "sort": sorted(word),
-            "next": [LETTERS[(LETTERS.index(letter) + 1) % 26] for letter in word],
             "last": word[-1:],
             "double": [letter for letter in word for _ in range(2)],
+            "next": [LETTERS[(LETTERS.index(letter) + 1) % 26] for letter in word],
+            "vowels": [str(sum(letter in "aeiou" for letter in word))],
         }[task]
         prompts.append(f"{task} {' '.join(word)} ->")
         answers.append(f" {' '.join(answer)}")
