@@ -3,8 +3,8 @@
 The paper: ahead of LoRA on language, images and text-to-image with 16 times fewer trained parameters. Here all singular
 values of query and value against LoRA r=8 on the same matrices (16 times as many numbers), on two worlds: a tiny ViT of digits
 and ten labels a class of digits turned, negative and over a background; a tiny BERT of the standard library's docstrings and
-100 sentences for each of its eight areas. Smaller ranks of both, bias tuning, (IA)^3, VeRA and the same number of values in
-*random* orthonormal directions complete the curve of accuracy over trained numbers.
+100 sentences for each of its eight areas (three seeds). Smaller ranks of both, bias tuning, (IA)^3, VeRA and the same number
+of values in *random* orthonormal directions complete the curve of accuracy over trained numbers.
 
 Refuted if the random directions are as good (the 95 % interval of the paired gain over them reaches 0), or if LoRA r=8 is
 ahead of every rank of SVFit by more than the standard deviation of the seeds.
@@ -13,6 +13,7 @@ ahead of every rank of SVFit by more than the standard deviation of the seeds.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,12 +57,9 @@ def _verdict(lab: Lab, world: t.TuningWorld, name: str, width: int) -> Verdict:
                 IA3Config(target_modules=[*QUERY_VALUE, "k_proj", "key"], feedforward_modules=[])
             ),
             "VeRA": t.adapter(VeraConfig(r=width, target_modules=QUERY_VALUE)),
-            "biases": t.bias_only,
-            "linear probe": t.linear_probe,
-            "full fine-tuning": t.full,
         }
     found = t.select(
-        t.measure(lab, world, arms, steps=lab.pick(smoke=2, desk=150)),
+        t.measure(lab, world, arms, seeds, steps=lab.pick(smoke=2, desk=150)),
     )
     accuracy = {arm: [row["test"] for row in rows] for arm, rows in found.items()}
     ours, random = f"SVFit r={width}", f"random directions r={width}"
