@@ -36,22 +36,24 @@ LINEARS = r".*(attention|mlp|layer).*(query|key|value|_proj|fc1|fc2|dense)"
 
 
 def claim(lab: Lab) -> list[Verdict]:
-    verdicts = [
-        _verdict(lab, digits_world(lab, "shifted"), "tiny ViT, shifted digits, 10 labels a class", 64)
-    ]
+    digits, areas = digits_world(lab, "shifted"), areas_world(lab)
+    verdicts = [_verdict(lab, digits, "tiny ViT, shifted digits, 10 labels a class", 64, lab.seeds)]
     if lab.scale != "smoke":
-        verdicts.append(_verdict(lab, areas_world(lab), "tiny BERT, areas of the standard library", 128))
+        name = "tiny BERT, areas of the standard library, 100 labels a class"
+        verdicts.append(_verdict(lab, areas, name, 128, lab.seeds[:3]))
     return verdicts
 
 
-def _verdict(lab: Lab, world: t.TuningWorld, name: str, width: int) -> Verdict:
+def _verdict(lab: Lab, world: t.TuningWorld, name: str, width: int, seeds: Sequence[int]) -> Verdict:
     ranks = lab.pick(smoke=[width], desk=[width // 8, width // 2, width])
-    arms = {f"SVFit r={r}": svfit(r) for r in ranks} | {
-        f"random directions r={r}": t.Arm(functools.partial(random_directions, r=r)) for r in ranks
-    }
+    arms = {f"SVFit r={r}": svfit(r) for r in ranks}
+    arms[f"random directions r={width}"] = t.Arm(functools.partial(random_directions, r=width))
     arms |= {f"LoRA r={r}": t.lora(r) for r in lab.pick(smoke=[8], desk=[1, 8])}
     if lab.scale != "smoke":
+        arms |= {"biases": t.bias_only, "linear probe": t.linear_probe}
+    if len(seeds) > 3:
         arms |= {
+            "full fine-tuning": t.full,
             "SVFit, all linears": t.adapter(SvFitConfig(target_modules=LINEARS, energy=1.0)),
             "(IA)^3": t.adapter(
                 IA3Config(target_modules=[*QUERY_VALUE, "k_proj", "key"], feedforward_modules=[])
