@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -183,6 +184,20 @@ def test_generation_with_a_cache(kind):
             assert (
                 model(**inputs, use_cache=True).past_key_values.get_seq_length() == 7
             )  # the prefix is not in it
+
+
+def test_threads_that_share_a_model():
+    model = prefixed("bert")
+    inputs = [torch.randint(4, 29, (2, 7)) for _ in range(24)]
+
+    def run(ids):
+        with torch.no_grad():
+            return model(input_ids=ids).last_hidden_state
+
+    expected = [run(ids) for ids in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(run, inputs), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
 
 
 def test_attention_weights_keep_their_shape():
@@ -364,6 +379,9 @@ def test_where_it_goes():
     model = get_peft_model(make("llama"), config)
     assert len(prefix_layers(model)) == LAYERS
     assert sum(isinstance(m, Bottleneck) for m in model.modules()) == LAYERS
+    for targets, missing in ((["mlp"], "attention"), (["self_attn"], "FFN")):
+        with pytest.raises(ValueError, match=f"has no {missing}: MAM needs both"):
+            get_peft_model(make("llama"), MamConfig(target_modules=targets))
     config = BottleneckConfig(sublayers=["heads", "ffn"], bottleneck_dim=2)
     model = get_peft_model(make("bert"), config)
     assert sum("_heads.default.up" in n for n in model.state_dict()) == LAYERS
@@ -383,6 +401,7 @@ def test_where_it_goes():
             {"sublayers": ["query"], "insertion": "sequential"},
             "insertion='sequential' is for attention and ffn",
         ),
+        ({"sublayers": ["heads", "attention"]}, "'heads' and 'attention' wrap the same module"),
         ({"bottleneck_dim": 0}, "bottleneck_dim=0: give 1 or more"),
         ({"activation": "step"}, "activation='step' is not in transformers' ACT2FN"),
         ({"dropout": 1.0}, r"dropout=1.0: give a number in \[0, 1\)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
@@ -188,7 +189,7 @@ def test_whole_models(kind: str, reads: str) -> None:
     for module in model.modules():
         if isinstance(module, SiteLayer):
             torch.nn.init.zeros_(module.unfused_site_test_bottleneck["default"].up.weight)
-            assert all(memory.value is None for memory in module._memories.values())
+            assert not any(memory.values for memory in module._memories.values())
     torch.testing.assert_close(outputs(model, kind), before)
     torch.testing.assert_close(outputs(copy.deepcopy(model), kind), before)
     restored = model.unload()
@@ -239,6 +240,20 @@ def test_two_adapters_at_one_module_read_different_things() -> None:
     with torch.no_grad():
         u = block.layernorm_after(x)
         torch.testing.assert_close(layer(u), layer.base_layer(u) + one(u) + two(x))
+
+
+def test_threads_that_share_a_model_do_not_mix_their_inputs() -> None:
+    model = get_peft_model(make("vit"), SiteTestConfig(insertion="stream")).eval()
+    inputs = [{"pixel_values": torch.randn(2, 3, 8, 8)} for _ in range(24)]
+
+    def run(one: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**one).last_hidden_state
+
+    expected = [run(one) for one in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(run, inputs), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
 
 
 def test_bottleneck() -> None:

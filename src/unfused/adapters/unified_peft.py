@@ -169,6 +169,10 @@ class BottleneckConfig(TunerConfig, _PrefixFields):
                 "composition='gated' is a prefix's: its gate is the prefix's share of the softmax; choose 'add' or 'scaled'",
             )
         self.require(
+            not {"heads", "attention"} <= set(self.sublayers),
+            "sublayers: 'heads' and 'attention' wrap the same module",
+        )
+        self.require(
             self.composition != "add" or self.scaling == 1,
             f"composition='add' has no scaling={self.scaling}: choose 'scaled'",
         )
@@ -367,12 +371,28 @@ class MamModel(PrefixModel, SiteModel):
         ffn = set(config.target_ffn or self.sites_of(config, ["ffn"]))
         return ffn | set(config.target_attention or self._attention)
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        config = super()._prepare_adapter_config(peft_config, model_config)
+        parts = {
+            self._is_attention(config, name)
+            for name, _ in self.model.named_modules()
+            if name and self._check_target_module_exists(config, name) is True
+        }
+        if len(parts) == 1:
+            missing = "FFN" if True in parts else "attention"
+            raise ValueError(
+                f"target_modules={config.target_modules!r} has no {missing}: MAM needs both; leave target_modules out and name "
+                "them in target_attention and target_ffn where the defaults do not do"
+            )
+        return config
+
+    def _is_attention(self, config: MamConfig, key: str) -> bool:
+        if config.target_attention:
+            return any(f".{key}".endswith(f".{name}") for name in config.target_attention)
+        return key in self._attention
+
     def make_layer(self, config: MamConfig, adapter_name: str, target: nn.Module, key: str) -> TunerLayer:
-        attention = config.target_attention
-        is_attention = (
-            any(f".{key}".endswith(f".{name}") for name in attention) if attention else key in self._attention
-        )
-        if is_attention:
+        if self._is_attention(config, key):
             return self.attention_layer(_MamPrefixLayer, target, adapter_name, key)
         return super().make_layer(config, adapter_name, target, key)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -157,6 +158,7 @@ def _function(module: nn.Module, name: str | None) -> Callable[..., Any]:
 
 
 AttentionInterface.register("unfused_attention", _attend)
+_one_at_a_time = threading.RLock()  # for threads that share a model
 
 
 class AttentionLayer(TunerLayer):
@@ -173,12 +175,14 @@ class AttentionLayer(TunerLayer):
     def adapted(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         base = self.get_base_layer()
         x = args[0] if args else kwargs["hidden_states"]
-        config = base.config
-        base.config = _Redirected(config, self.prefix(names), self.head_correction(names, x))  # type: ignore[assignment]
-        try:
-            return self.base_layer(*args, **kwargs)
-        finally:
-            base.config = config
+        prefix, correction = self.prefix(names), self.head_correction(names, x)
+        with _one_at_a_time:
+            config = base.config
+            base.config = _Redirected(config, prefix, correction)  # type: ignore[assignment]
+            try:
+                return self.base_layer(*args, **kwargs)
+            finally:
+                base.config = config
 
 
 class PrefixTrunk(nn.Module):

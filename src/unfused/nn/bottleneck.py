@@ -15,6 +15,7 @@ which module has to be wrapped for that; `SiteLayer` and `SiteModel` are the PEF
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -234,13 +235,19 @@ def _site(model: nn.Module, block: Block, sublayer: str, reads: str) -> Site:
 
 
 class _Memory:
-    """A pre-hook that remembers what a module was given."""
+    """A pre-hook that remembers what a module was given, for each thread that runs the model."""
 
     def __init__(self) -> None:
-        self.value: torch.Tensor | None = None
+        self.values: dict[int, torch.Tensor] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.value = _first(args, kwargs)
+        self.values[threading.get_ident()] = _first(args, kwargs)
+
+    def recall(self) -> torch.Tensor | None:
+        return self.values.get(threading.get_ident())
+
+    def forget(self) -> None:
+        self.values.pop(threading.get_ident(), None)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -298,7 +305,7 @@ class SiteLayer(TunerLayer):
             return super().forward(*args, **kwargs)
         finally:
             for memory in self._memories.values():  # do not hold activations longer than this
-                memory.value = None
+                memory.forget()
 
     def adapted(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         kinds = {
@@ -326,7 +333,7 @@ class SiteLayer(TunerLayer):
     def _read(
         self, site: Site, y: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        x = self._memories[site.source].value if site.source else None
+        x = self._memories[site.source].recall() if site.source else None
         if x is None:
             x = _first(args, kwargs)
         return y if site.reads == "output" else x + y if site.reads == "sum" else x
