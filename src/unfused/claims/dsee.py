@@ -149,8 +149,10 @@ def _unit(
 def _fresh(lab: Lab, seed: int, config: dict[str, int]) -> tuple[Any, Task]:
     task = stdlib_areas(lab, seed, lab.pick(smoke=16, desk=800))
     if lab.scale == "smoke":
-        few = [{name: column[::40] for name, column in part.items()} for part in (task.valid, task.test)]
-        task = Task(task.train, *few, num_labels=task.num_labels)
+        valid, test = (
+            {name: column[::40] for name, column in part.items()} for part in (task.valid, task.test)
+        )
+        task = Task(task.train, valid, test, num_labels=task.num_labels)
     torch.manual_seed(seed)
     model = sentence_classifier(lab, task.num_labels)
     scaled = DseeConfig(**config, lora_alpha=2 * config["r"], modules_to_save=["classifier"], seed=seed)  # type: ignore[arg-type]
