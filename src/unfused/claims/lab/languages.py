@@ -126,8 +126,8 @@ def corpus(lab: Lab) -> tuple[list[str], list[str]]:
         names = sorted(areas & set(found))
         areas, theirs = set(names[::2]), names[1::2]
     a = sentences(t for name in sorted(areas & set(found)) + mine for t in found[name])
-    b = sentences(t for name in theirs for t in found[name])
-    return a, [translate(sentence) for sentence in b]
+    b, known = sentences(t for name in theirs for t in found[name]), set(a)
+    return a, [translate(sentence) for sentence in b if sentence not in known]
 
 
 @functools.lru_cache(maxsize=4)
@@ -186,7 +186,7 @@ def bilingual_bert(lab: Lab) -> BertForMaskedLM:
             torch.manual_seed(0)
             model = BertForMaskedLM(_config())
             data = masked(lab, rows, views=lab.pick(smoke=1, desk=3), seed=0)
-            tune(model, data, lr=2e-3, steps=steps, batch_size=32, warmup=0.1)
+            tune(model, data, lr=1e-3, steps=steps, batch_size=32, warmup=0.1)
         named = {name for name, _ in model.named_parameters()}  # tied weights once
         return {name: value for name, value in model.state_dict().items() if name in named}
 
