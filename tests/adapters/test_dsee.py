@@ -261,8 +261,11 @@ def test_heads_then_weights():
     keys = [k for k in layers(model) if k.endswith(("query", "value"))]
     left = sum(int(on(layers(model)[k])[layers(model)[k].unfused_dsee_rows["default"]].sum()) for k in keys)
     assert left == 4 * 8 * 16 // 2
-    with pytest.raises(ValueError, match="last head"):
+    with pytest.raises(ValueError, match="one has to stay"):
         dsee_prune(model, heads=1)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        dsee_prune(model, amount=0.8)
 
 
 def test_coefficients_choose_heads_and_neurons():
@@ -362,11 +365,13 @@ def test_config_errors(options, message):
         ("bert", {"amount": 0.5, "other_modules": ["LayerNorm"]}, "not Linear or Conv1D"),
         ("bert", {"heads": 2}, "one has to stay"),
         ("bert", {"neurons": 0.5}, "go by their coefficients"),
+        ("bert", {"heads": 1, "target_modules": ["key"]}, "neither query nor value"),
         ("gpt2", {"heads": 1}, "fused projection"),
     ],
 )
 def test_pruning_errors_change_nothing(kind, options, message):
-    model = tuned(kind)
+    options = dict(options)
+    model = tuned(kind, target_modules=options.pop("target_modules", None))
     keys, before = [*model.state_dict()], out(model, kind)
     with pytest.raises(ValueError, match=message):
         dsee_prune(model, **options)

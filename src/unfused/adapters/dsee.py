@@ -359,8 +359,8 @@ class DseeModel(TunerModel):
             As in PEFT.
         keep_sparse : bool, default=False
             Write `W * S1` into the weights and leave the update as a path of its own
-            (`unfused.nn.pruning.SparseLowRankLinear`), so that the zeros stay
-            zeros. Otherwise all is summed, and the zeros of updated matrices are filled.
+            (`unfused.nn.pruning.SparseLowRankLinear`), so that zeros stay zeros. Otherwise all is summed, and the zeros
+            of updated matrices are filled.
         remove_heads : bool, default=False
             Make matrices smaller by the heads and neurons that were removed. A config cannot describe such a model: keep it
             as a whole, or the adapter.
@@ -482,6 +482,8 @@ def dsee_prune(
             f"amount={amount}, heads={heads}, neurons={neurons}: ask for something, shares below 1"
         )
     layers = tuner.layers_of(name)
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("the adapter is merged: call unmerge_adapter() first")
     updated = [key for key, layer in layers.items() if name in layer.unfused_dsee_up]
     if (amount and score in ("update", "low_rank")) or (heads and not config.coefficients):
         if not any(layers[key].unfused_dsee_up[name].any() for key in updated):
@@ -490,7 +492,7 @@ def dsee_prune(
     others = _others(tuner, config, other_modules, updated) if amount else []
     for key in (*updated, *others) if amount else ():
         parts.setdefault(key, set()).add(MASK)
-    for rows, columns in _structures(tuner, config, heads, neurons):
+    for rows, columns in _structures(tuner, config, name, layers, updated, heads, neurons):
         for key in rows:
             parts.setdefault(key, set()).add(ROWS)
         parts.setdefault(columns, set()).add(COLUMNS)
@@ -537,7 +539,15 @@ def _others(
     return found
 
 
-def _structures(tuner: DseeModel, config: Any, heads: int, neurons: float) -> list[tuple[list[str], str]]:
+def _structures(
+    tuner: DseeModel,
+    config: Any,
+    name: str,
+    layers: Mapping[str, DseeLayer],
+    updated: Sequence[str],
+    heads: int,
+    neurons: float,
+) -> list[tuple[list[str], str]]:
     """(matrices that lose rows, the matrix that loses columns) of each block."""
     found = []
     if neurons and not config.coefficients:
@@ -554,8 +564,13 @@ def _structures(tuner: DseeModel, config: Any, heads: int, neurons: float) -> li
                     f"heads={heads}: {block.attention!r} has a fused projection or shares keys among heads; its heads "
                     "cannot be removed one by one"
                 )
-            if heads >= (total := attention_heads(tuner.model, block)):
-                raise ValueError(f"heads={heads}: a layer has {total}, and one has to stay")
+            left = total = attention_heads(tuner.model, block)
+            if block.attention_out in layers:
+                left = int(_kept(layers[block.attention_out], name)[1].view(total, -1).any(1).sum())
+            if heads >= left:
+                raise ValueError(f"heads={heads}: {block.attention!r} has {left}, and one has to stay")
+            if not config.coefficients and not {block.query, block.value} & set(updated):
+                raise ValueError(f"heads={heads}: neither query nor value of {block.attention!r} is adapted")
             found.append(([block.query, block.key, block.value], block.attention_out))
         if neurons:
             found.append(([n for n in (block.mlp_in, block.mlp_gate) if n], block.mlp_out))
@@ -569,24 +584,13 @@ def _remove_heads(tuner: DseeModel, name: str, layers: Mapping[str, DseeLayer], 
         if name in out.unfused_dsee_coefficient:
             scores = out.unfused_dsee_coefficient[name].abs()
         else:
-            updates = [
-                layers[n].update(name)
-                for n in (block.query, block.value)
-                if name in layers[n].unfused_dsee_up
-            ]
-            if not updates:
-                raise ValueError(f"heads={count}: neither query nor value of {block.attention!r} is adapted")
-            scores = torch.stack([update.abs().view(total, -1).sum(1) for update in updates]).sum(
-                0
-            )  # (heads,)
+            adapted = [n for n in (block.query, block.value) if name in layers[n].unfused_dsee_up]
+            sums = [layers[n].update(name).abs().view(total, -1).sum(1) for n in adapted]
+            scores = torch.stack(sums).sum(0)  # (heads,)
         scores = scores.masked_fill(~kept.view(total, -1).any(1), torch.inf)
-        if int(scores.isfinite().sum()) <= count:
-            raise ValueError(f"heads={count}: {block.attention!r} would lose its last head")
         gone = scores.argsort(stable=True)[:count]
-        for buffer in (
-            kept,
-            *(layers[n].unfused_dsee_rows[name] for n in (block.query, block.key, block.value)),
-        ):
+        rows = [layers[n].unfused_dsee_rows[name] for n in (block.query, block.key, block.value)]
+        for buffer in (kept, *rows):
             buffer.view(total, -1)[gone] = False
 
 
@@ -594,14 +598,10 @@ def _remove_neurons(tuner: DseeModel, name: str, layers: Mapping[str, DseeLayer]
     for block in tuner.blocks():
         out = layers[block.mlp_out]
         kept = out.unfused_dsee_columns[name]
-        scores = (
-            out.unfused_dsee_coefficient[name].abs().masked_fill(~kept, -torch.inf)
-        )  # what is gone stays so
+        scores = out.unfused_dsee_coefficient[name].abs().masked_fill(~kept, -torch.inf)  # gone stays gone
         gone = scores.argsort(stable=True)[: max(int(share * len(scores)), int((~kept).sum()))]
-        for buffer in (
-            kept,
-            *(layers[n].unfused_dsee_rows[name] for n in (block.mlp_in, block.mlp_gate) if n),
-        ):
+        rows = [layers[n].unfused_dsee_rows[name] for n in (block.mlp_in, block.mlp_gate) if n]
+        for buffer in (kept, *rows):
             buffer[gone] = False
 
 
@@ -619,14 +619,9 @@ def _mask(
         elif score == "low_rank":
             value = layer._oriented(layer.unfused_dsee_up[name] @ layer.unfused_dsee_down[name]).abs()
         else:
-            value = (
-                weight.float()
-                if score in ("weight", "sum")
-                else torch.zeros_like(weight, dtype=torch.float32)
-            )
-            value = (
-                (value + layer.get_delta_weight(name)).abs() if score in ("update", "sum") else value.abs()
-            )
+            terms = [weight.float()] if score in ("weight", "sum") else []
+            terms += [layer.get_delta_weight(name)] if score in ("update", "sum") else []
+            value = torch.stack(terms).sum(0).abs()
         on = unpack_mask(layer.unfused_dsee_mask[name], weight.shape)
         exists = layer._oriented(_existing(layer, name))
         pool[key] = (-value).masked_fill(~on, torch.inf).masked_fill(~exists, -torch.inf)
