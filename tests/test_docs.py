@@ -48,7 +48,9 @@ def test_writes_a_page_a_method_and_says_when_they_are_out_of_date(make_docs, tm
     (out / "methods").mkdir(parents=True)
     (out / "methods" / "gone.md").write_text(make_docs.MARK + "# Gone\n")
     (out / "methods" / "kept.md").write_text("# By hand\n")
-    (tmp_path / "README.md").write_text("before\n<!-- claims:begin -->\nOUTDATED TEXT\n<!-- claims:end -->\nafter\n")
+    (tmp_path / "README.md").write_text(
+        "before\n<!-- claims:begin -->\nOUTDATED TEXT\n<!-- claims:end -->\nafter\n"
+    )
     assert make_docs.main(["--out", str(out)]) == 0
     assert {p.stem for p in (out / "methods").glob("*.md")} == {m.slug for m in methods()} | {"kept"}
     assert (out / "claims.md").is_file() and (out / "index.md").is_file()
