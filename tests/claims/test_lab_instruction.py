@@ -27,7 +27,7 @@ def test_answers_are_right(task):
         said = answer.split()
         assert name == task and arrow == "->" and 2 <= len(word) <= 5
         expected = {
-            "next": ["a" if c == "z" else chr(ord(c) + 1) for c in word],
+            "first": [word[0]],
             "last": [word[-1]],
             "double": list(np.repeat(word, 2)),
             "vowels": [str(sum(map("aeiou".count, word)))],

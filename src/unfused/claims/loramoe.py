@@ -4,7 +4,7 @@ The paper: with more and more instructions, full fine-tuning and LoRA lose close
 the tasks as well. Here a tiny Llama that knows 400 invented facts is taught four string tasks; a tenth of the rows, the same
 for all arms, restate 100 of the facts. LoRAMoE (4 experts of rank 4 in every feed-forward matrix, beta = delta = 0.1) against
 one LoRA of rank 16 on the same matrices, LoRA of equal size on all linear layers, full fine-tuning, and itself without the
-balancing loss or with ordinary balancing (delta = 0). Three learning rates each; what counts is the area under the frontier
+balancing loss or with ordinary balancing (delta = 0). Four learning rates each; what counts is the area under the frontier
 of (task accuracy, recall of the other 300 facts), so that arms are compared at matched task accuracy along the path.
 
 Refuted if the 95 % interval of the paired gain in area over LoRA on the same matrices, or over LoRAMoE without the balancing
@@ -71,7 +71,7 @@ def claim(lab: Lab) -> Verdict:
     world = t.TuningWorld(
         "instructions", lambda _: decoder(lab), lambda _: task, functools.partial(judge, asked=asked)
     )
-    rates = (1e-3, 3e-3, 1e-2)
+    rates = (3e-4, 1e-3, 3e-3, 1e-2)
     arms = {
         OURS: t.Arm(functools.partial(moe, weight=0.1, delta=0.1), rates, recipe=SMALL),
         UNBALANCED: t.Arm(functools.partial(moe, weight=0.0, delta=0.0), rates, recipe=SMALL),
@@ -80,7 +80,7 @@ def claim(lab: Lab) -> Verdict:
         "LoRA r=10, all linear layers": t.Arm(
             functools.partial(lora, targets="all-linear", r=10), rates, recipe=SMALL
         ),
-        "full fine-tuning": t.Arm(full, (1e-4, 3e-4, 1e-3), recipe=SMALL),
+        "full fine-tuning": t.Arm(full, (3e-5, 1e-4, 3e-4, 1e-3), recipe=SMALL),
     }
     if lab.scale == "smoke":
         arms = {name: arms[name] for name in (OURS, UNBALANCED, SAME)}
@@ -95,7 +95,7 @@ def claim(lab: Lab) -> Verdict:
     }
     tables: dict[str, dict[str, dict[str, Any]]] = {"Along the learning rates, means over seeds": path(grid)}
     if lab.scale != "smoke":
-        few = {arm: t.Arm(arms[arm].prepare, (3e-3,), recipe=SMALL) for arm in (OURS, SAME, UNBALANCED)}
+        few = {arm: t.Arm(arms[arm].prepare, (1e-3,), recipe=SMALL) for arm in (OURS, SAME, UNBALANCED)}
         for rows in (steps // 4, steps // 2):
             tables[f"After {16 * rows:,} rows, not {16 * steps:,}"] = path(
                 t.measure(lab, world, few, seeds, rows)

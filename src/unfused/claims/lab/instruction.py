@@ -2,7 +2,7 @@
 
 The tasks are none of those that the decoder was pretrained on:
 
-    last b a t -> t           double b a -> b b a a           next b a t -> c b u           vowels b a t -> 1
+    last b a t -> t           first b a t -> b           double b a -> b b a a           vowels b a t -> 1
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unfused.claims.lab.tuning import Batch
 
 __all__ = ["NEW_TASKS", "frontier_area", "new_task", "rows_right", "share_right", "stacked"]
 
-NEW_TASKS = ("last", "double", "next", "vowels")
+NEW_TASKS = ("last", "first", "double", "vowels")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -39,8 +39,8 @@ def new_task(
         word = [LETTERS[i] for i in generator.integers(26, size=length)]
         answer = {
             "last": word[-1:],
+            "first": word[:1],
             "double": [letter for letter in word for _ in range(2)],
-            "next": [LETTERS[(LETTERS.index(letter) + 1) % 26] for letter in word],
             "vowels": [str(sum(letter in "aeiou" for letter in word))],
         }[task]
         prompts.append(f"{task} {' '.join(word)} ->")
