@@ -50,7 +50,7 @@ def claim(lab: Lab) -> Verdict:
     arms = ["UniPT", "UniPT, r=4", "LST", "scalar mix", "last layer", "LoRA r=8 on q, v", "full fine-tuning"]
     found: dict[str, dict[str, list[float]]] = {arm: {} for arm in arms}
     sizes: dict[str, dict[str, Any]] = {}
-    for name in ("token types", "areas", "functions"):
+    for name in lab.pick(smoke=["token types", "functions"], desk=["token types", "areas", "functions"]):
         grid: dict[str, dict[float, list[dict[str, float]]]] = {
             arm: {lr: [] for lr in _rates(lab, arm)} for arm in arms
         }
