@@ -15,6 +15,7 @@ on the base classes.
 from __future__ import annotations
 
 import functools
+import gc
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -111,7 +112,6 @@ def _base_to_new(lab: Lab) -> Verdict:
     arms = {
         "R-AMT": _masks(32, 1.0),
         "AMT": _masks(32, 0.0),
-        **lab.pick(smoke={}, desk={"R-AMT, lambda 0.3": _masks(32, 0.3)}),
         **dict(list(_baselines(lab, 32).items())[:2]),  # LoRA and full fine-tuning
     }
     world = TuningWorld(
@@ -149,12 +149,13 @@ def _base_to_new(lab: Lab) -> Verdict:
         notes=[
             f"on base classes R-AMT minus AMT: {cost}",
             "10 labels a base class; zero-shot does not depend on the seed",
+            "the knowledge is the original model's prediction on shifted digits, where it is hardly better than chance",
         ],
     )
 
 
 def _steps(lab: Lab) -> int:
-    return lab.pick(smoke=2, desk=80)
+    return lab.pick(smoke=2, desk=150)
 
 
 def _baselines(lab: Lab, batch: int) -> dict[str, Arm]:
@@ -192,6 +193,7 @@ def _train_masks(
 
     columns = task.train
     rows = [{name: column[i] for name, column in columns.items()} for i in range(len(columns["labels"]))]
+    gc.freeze()  # the Trainer collects garbage when it ends, and all the libraries' objects would take it a second
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
