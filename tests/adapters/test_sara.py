@@ -118,9 +118,9 @@ def test_nuclear_norm_and_its_subgradient(target):
     masked[delta.index] = delta.values.detach() - (start if target == "delta" else 0)
     u, s, v = torch.linalg.svd(masked.view(66, 70), full_matrices=False)
     loss = model.base_model.regularization_loss()
-    torch.testing.assert_close(loss, 0.5 * s.sum())
+    torch.testing.assert_close(loss, 0.5 * s.sum(), rtol=1e-3, atol=0)
     loss.backward()
-    torch.testing.assert_close(delta.values.grad, 0.5 * (u @ v).flatten()[delta.index], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(delta.values.grad, 0.5 * (u @ v).flatten()[delta.index], atol=1e-3, rtol=1e-2)
     assert all(d.values.grad is None for n, (d, _) in deltas(model).items() if n != "fc2.weight")
 
 
@@ -143,7 +143,7 @@ def test_convolutions_count_as_matrices():
     expected = torch.linalg.matrix_norm(
         torch.zeros(70 * 72).index_put((delta.index,), delta.values.detach()).view(70, 72), "nuc"
     )
-    torch.testing.assert_close(model.base_model.regularization_loss().detach(), expected)
+    torch.testing.assert_close(model.base_model.regularization_loss().detach(), expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])

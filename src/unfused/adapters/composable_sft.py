@@ -10,7 +10,7 @@ Both phases may be pulled towards theta0 by `l1_weight / N * sum |theta - theta0
 are included; norms, the head and an output layer tied to the embedding stay frozen or outside.
 
 Reference: Composable Sparse Fine-Tuning for Cross-Lingual Transfer, ACL 2022, arXiv:2110.07560.
-Needs: labels or unlabelled text, gradients.
+Needs: labels or unlabelled data, gradients.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ penalty's gradient in its memory-saving optimiser; here the model starts as the 
 
 Reference: SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation, ICLR 2025,
 arXiv:2409.06633.
-Needs: few target images or labels, gradients.
+Needs: labels or unlabelled data, gradients.
 """
 
 from __future__ import annotations
@@ -216,18 +216,11 @@ class SaraModel(SparseModel):
             ]
             if config.nuclear_weight and found:
                 delta, original = found[int(torch.randint(len(found), ()))]
-                values = (
-                    delta.trained()
-                    if config.rank_target == "value"
-                    else delta.trained() - _entries(original, delta)
-                )
+                values = delta.trained()
+                if config.rank_target == "delta":
+                    values = values - _entries(original, delta)
                 values = torch.where(delta.frozen, 0.0, values)
-                dense = values.new_zeros(delta.shape.numel()).index_put((delta.index,), values)
-                with torch.autocast(values.device.type, enabled=False):
-                    norm = torch.linalg.svdvals(
-                        dense.view(_matrix(delta.shape))
-                    ).sum()  # gradient U V^T, gathered
-                loss = loss + config.nuclear_weight * norm
+                loss = loss + config.nuclear_weight * _nuclear_norm(values, delta)
         return loss
 
     # -- second selection --------------------------------------------------------------------------------------------
@@ -274,6 +267,29 @@ class SaraCallback(UnfusedPeftCallback):
 
 def _entries(original: torch.Tensor, delta: SparseDelta) -> torch.Tensor:
     return original.detach().reshape(-1).index_select(0, delta.index).to(delta.values.dtype)
+
+
+@torch.no_grad()
+def _direction(values: torch.Tensor, delta: SparseDelta) -> torch.Tensor:
+    """Entries of U V^T, the subgradient of the nuclear norm of the matrix that the values form.
+
+    By the eigenvectors of its smaller Gram matrix, three times as fast as an SVD. Directions with less than 1e-3 of the
+    largest singular value get none: rounding would decide theirs.
+    """
+    matrix = (
+        values.new_zeros(delta.shape.numel()).index_copy_(0, delta.index, values).view(_matrix(delta.shape))
+    )
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
+    with torch.autocast(values.device.type, enabled=False):
+        squares, vectors = torch.linalg.eigh(wide @ wide.t())
+        sizes = squares.clamp_min(0).sqrt()
+        inverse = torch.where(sizes > 1e-3 * sizes[-1], 1 / sizes, 0.0)
+        found = (vectors * inverse) @ (vectors.t() @ wide)
+    return (found if wide is matrix else found.t()).reshape(-1).index_select(0, delta.index)
+
+
+def _nuclear_norm(values: torch.Tensor, delta: SparseDelta) -> torch.Tensor:
+    return (values * _direction(values.detach(), delta)).sum()  # <A, U V^T> is the sum of the singular values
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
