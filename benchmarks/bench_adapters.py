@@ -16,6 +16,7 @@ import copy
 import functools
 import gc
 import importlib
+import json
 import re
 import statistics
 import time
@@ -330,6 +331,13 @@ def table(found: list[Variant]) -> list[str]:
     return lines
 
 
+def ratios(found: list[Variant]) -> dict[str, dict[str, float]]:
+    """Step time and memory over LoRA's on the same targets, by slug: for docs/adapters.md."""
+    by_name = {variant.name: variant for variant in found}
+    pairs = [(v, by_name[v.lora]) for v in found if v.slug and v.lora in by_name]
+    return {v.slug: {"time": v.time / lora.time, "memory": v.peak / lora.peak} for v, lora in pairs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", help="only this slug")
@@ -354,15 +362,19 @@ def main() -> None:
         f"Measured with {where}.",
         "",
     ]
+    costs: dict[str, dict[str, float]] = {}
     for kind, length in settings:
         if options.kind in (None, kind):
             title = f"{'BERT-base' if kind == 'bert' else 'ViT-B/16'}, batch {options.batch}, {length} tokens"
             print(f"\n{title}")
-            lines = table(run(kind, length, options))
+            found = run(kind, length, options)
+            lines = table(found)
+            costs |= ratios(found)
             print("\n".join(lines))
             report += [f"## {title}", "", *lines, ""]
     if options.write:
         DOCS.write_text("\n".join(report).rstrip() + "\n", encoding="utf-8")
+        DOCS.with_suffix(".json").write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
         print(f"written to {DOCS}")
 
 
