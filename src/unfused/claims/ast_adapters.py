@@ -39,7 +39,7 @@ RULE = (
     "the 95 % interval of the paired gain over the bottleneck of as many weights, or over the Conformer with kernel 1, "
     "reaches 0"
 )
-HIGH, LOW = (2e-3, 6e-3, 2e-2), (3e-4, 1e-3, 3e-3)
+HIGH, LOW = (5e-3, 1.5e-2, 5e-2), (3e-4, 1e-3, 3e-3)
 WIDTH, INNER = 48, {1: 5, 3: 5, 9: 5, 31: 4}  # inner width by kernel: about 3,600 weights each
 OURS, NO_CONVOLUTION, PLAIN = "Conformer adapter", "Conformer, kernel 1", "bottleneck"
 

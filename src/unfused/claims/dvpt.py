@@ -38,7 +38,7 @@ RULE = (
     "95 % interval reaches 0"
 )
 SIZES = {"num_virtual_tokens": 8, "bottleneck_size": 6}  # 2,702 weights
-HIGH, LOW = (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3)
+HIGH, LOW = (1e-2, 3e-2, 1e-1), (3e-4, 1e-3, 3e-3)
 RECIPE = {"batch_size": 32, "warmup": 0.1}
 
 
