@@ -543,7 +543,7 @@ def decoder(lab: Lab, num_facts: int = 400) -> LlamaForCausalLM:
     """Llama (width 128, 4 layers, 4 heads, SwiGLU of 384) that knows docstrings, the facts and the string tasks."""
     from transformers import LlamaForCausalLM
 
-    steps, batch_size = lab.pick(smoke=4, desk=600), 32
+    steps, batch_size = lab.pick(smoke=4, desk=900), 32
 
     def pretrain() -> dict[str, torch.Tensor]:
         with torch.random.fork_rng(devices=[]):
@@ -560,7 +560,7 @@ def decoder(lab: Lab, num_facts: int = 400) -> LlamaForCausalLM:
 
 
 def _mix(lab: Lab, num_facts: int, rows: int) -> Batch:
-    """Rows of which 30 % are docstrings, 30 % facts in both forms, 40 % string tasks, a fifth of these counting."""
+    """Rows of which 30 % are docstrings, 35 % facts in both forms, 35 % string tasks, a fifth of these counting."""
     words, out, generator = tokenizer(lab), set(held_out()), np.random.default_rng(0)
     parts: list[Batch] = []
 
@@ -575,8 +575,8 @@ def _mix(lab: Lab, num_facts: int, rows: int) -> Batch:
 
     add(0.3, [t for name, texts in docstrings(lab).items() if name not in out for t in texts], whole=False)
     known = facts(num_facts)
-    add(0.3, [p + a for form in (0, 1) for p, a in zip(*fact_prompts(known, form), strict=True)])
-    for task, share in (("copy", 0.16), ("reverse", 0.16), ("count", 0.08)):
+    add(0.35, [p + a for form in (0, 1) for p, a in zip(*fact_prompts(known, form), strict=True)])
+    for task, share in (("copy", 0.14), ("reverse", 0.14), ("count", 0.07)):
         prompts, answers = string_task(task, 8 * math.ceil(share * rows), seed=1)
         add(share, answers, prompts)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
