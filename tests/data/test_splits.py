@@ -43,7 +43,8 @@ def test_a_fraction_of_each_class(labels: list, fraction: float, seed: int) -> N
     taken = Counter(label for label, c in zip(labels, chosen, strict=True) if c)
     assert None not in taken
     for name, size in sizes.items():
-        assert abs(taken[name] - fraction * size) < 1 and taken[name] < size
+        # a whole one more where classes of a single file, which cannot give theirs, leave the total short
+        assert abs(taken[name] - fraction * size) <= 1 + 1e-9 and taken[name] < size
     room = sum(size > 1 for size in sizes.values())
     if room == len(sizes) and all(fraction * size <= size - 1 for size in sizes.values()):
         assert taken.total() == round(fraction * sizes.total())
