@@ -161,7 +161,7 @@ class SptPlan:
     def summary(self) -> str:
         """A line per module: what it trains and how many numbers that is."""
         wide = max(map(len, self.costs), default=6)
-        lines = [f"{'module':{wide}} {'module of':>10} {'direct':>8} {'bias':>6} {'token':>6}"]
+        lines = [f"{'module':{wide}} {'structured':>10} {'direct':>8} {'bias':>6} {'token':>6}"]
         columns = {"structured": 10, "weight": 8, "bias": 6, "token": 6}
         for name, parts in self.costs.items():
             cells = (f"{parts.get(part, 0) or '':>{width}}" for part, width in columns.items())
@@ -171,7 +171,7 @@ class SptPlan:
 
 
 class SptLayer(SparseLayer):
-    """A linear map or norm with up to three parts: entries of the weight, entries of the bias, a low-rank module."""
+    """A linear map or norm with up to three parts: entries of the weight, entries of the bias, a low-rank module or adapter."""
 
     adapter_modules = ("unfused_spt_weight", "unfused_spt_bias")
     adapter_parameters = (
