@@ -332,10 +332,17 @@ def table(found: list[Variant]) -> list[str]:
 
 
 def ratios(found: list[Variant]) -> dict[str, dict[str, float]]:
-    """Step time and memory over LoRA's on the same targets, by slug: for docs/adapters.md."""
+    """Step time and memory over LoRA's on the same targets: by slug, or by slug/name where it has several."""
     by_name = {variant.name: variant for variant in found}
+    several = {v.slug for v in found if sum(v.slug == other.slug for other in found) > 1}
     pairs = [(v, by_name[v.lora]) for v in found if v.slug and v.lora in by_name]
-    return {v.slug: {"time": v.time / lora.time, "memory": v.peak / lora.peak} for v, lora in pairs}
+    return {
+        f"{v.slug}/{v.name}" if v.slug in several else v.slug: {
+            "time": v.time / lora.time,
+            "memory": v.peak / lora.peak,
+        }
+        for v, lora in pairs
+    }
 
 
 def main() -> None:

@@ -33,12 +33,13 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: how it is trained, under which name the benchmark has it, and when to take it."""
+    """A line of the table: how it is trained, its page, whether it merges, when to take it, its name in the benchmark."""
 
     arm: tuning.Arm
     page: str
     merges: str
     best: str
+    cost: str = ""
 
 
 def batches(task: tuning.Task, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -170,12 +171,14 @@ def rows() -> dict[str, Row]:
             "unified-peft",
             "no",
             "a larger budget goes best into the FFN",
+            "unified-peft/scaled parallel",
         ),
         "MAM adapter": Row(
             arm(a.MamConfig(prefix_length=8, bottleneck_dim=8, scaling=2.0, prefix_hidden=0)),
             "unified-peft",
             "no",
             "text generation with a budget of some per cent",
+            "unified-peft/MAM",
         ),
         "Conformer adapter (AST)": Row(
             arm(a.AstAdapterConfig(block="conformer", reduction=8, kernel_size=9)),
@@ -278,7 +281,7 @@ def table(found: dict[str, list[dict[str, float]]], costs: dict[str, Any], total
     ]
     for name, row in rows().items():
         accuracy = estimate([metrics["test"] for metrics in found[name]])
-        cost = costs.get(row.page, {})
+        cost = costs.get(row.cost or row.page, {})
         shown = [f"{cost[key]:.2f}" if key in cost else "" for key in ("time", "memory")]
         title = f"[{name}](methods/{row.page}.md)" if row.page else name
         share = found[name][0]["parameters"] / total
