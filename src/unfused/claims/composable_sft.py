@@ -50,6 +50,9 @@ State = dict[str, torch.Tensor]
 
 
 def claim(lab: Lab) -> Verdict:
+    unseen = {language: _heldout(lab, language) for language in "ab"}
+    untouched = {language: _loss(bilingual_bert(lab), unseen[language]) for language in "ab"}
+    lab.log(f"masked-LM loss of the pretrained model: A {untouched['a']:.3f}, B {untouched['b']:.3f}")
     vectors = {
         kind: {language: _language(lab, kind, language) for language in "ab"}
         for kind in ("lottery", "random", "adapters")
@@ -89,6 +92,9 @@ def claim(lab: Lab) -> Verdict:
                 ],
             },
             "Masked-LM loss on held-out text": {
+                "pretrained": {f"language {k.upper()}": round(untouched[k], 3) for k in "ab"},
+            }
+            | {
                 kind: {f"language {k.upper()}": round(found[k]["loss"], 3) for k in "ab"}
                 for kind, found in vectors.items()
             }
@@ -140,9 +146,7 @@ def _language(lab: Lab, kind: str, language: str) -> dict[str, Any]:
 
 
 def _learn_language(lab: Lab, kind: str, language: str, lr: float, steps: int) -> dict[str, Any]:
-    rows = corpus(lab)["ab".index(language)]
-    unseen, rows = rows[:300], rows[300:]
-    valid = masked(lab, unseen[: lab.pick(smoke=20, desk=300)], views=1, seed=1)
+    rows, valid = corpus(lab)["ab".index(language)][300:], _heldout(lab, language)
     data = masked(lab, rows[: lab.pick(smoke=100, desk=None)], views=lab.pick(smoke=1, desk=2), seed=2)
 
     def train(model: nn.Module) -> None:
@@ -160,6 +164,11 @@ def _learn_language(lab: Lab, kind: str, language: str, lr: float, steps: int) -
         lottery_ticket_select(model, _recorded(train, dense, valid))
     train(model)
     return {"sparse": to_state_dict_delta(model), "loss": _loss(model, valid), "lr": lr, **dense}
+
+
+def _heldout(lab: Lab, language: str) -> Batch:
+    rows = corpus(lab)["ab".index(language)]
+    return masked(lab, rows[: lab.pick(smoke=20, desk=300)], views=1, seed=1)
 
 
 def _recorded(

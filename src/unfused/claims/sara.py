@@ -4,7 +4,7 @@ The paper: at equal numbers of trained weights, ahead of LoRA, LT-SFT and full f
 style and the prior kept. Here: a denoiser of digits of all classes, and 20 bold digits of the classes 0 to 4
 (`unfused.claims.lab.diffusion`). Fit is the share of the distance to unseen bold digits that has gone, prior the share of
 drawings of 5 to 9 that a classifier of both styles can read. Single points of such a trade-off say little, since a rate or a
-few steps more move along it; so each arm gets the same three rates and three lengths, and is judged by the area under
+few steps more move along it; so each arm gets the same three rates and two lengths, and is judged by the area under
 what can be reached with them (for each fit, the best prior at it or more).
 
 Refuted if the 95 % interval over seeds of the paired gain in this area over a random mask of the same size, over LoRA, or
@@ -35,7 +35,7 @@ RULE = (
     "fine-tuning reaches 0"
 )
 DENSITY = 0.15
-RATES, LENGTHS = (3e-4, 1e-3, 3e-3), (50, 150, 400)
+RATES, LENGTHS = (3e-4, 1e-3, 3e-3), (100, 300)
 RANK = 14  # as many numbers as 15 %
 
 

@@ -199,15 +199,14 @@ def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @torch.no_grad()
 def quality(
-    model: nn.Module, task: Task, judge: Reader, pretrained: Denoiser | None = None, count: int = 60
+    model: nn.Module, task: Task, judge: Reader, start: float | None = None, count: int = 60
 ) -> dict[str, float]:
     """`distance` of drawings of 0 to 4 to the style, `prior` (share of 5 to 9 that can be read), their `diversity`.
 
-    With the pretrained model also `fit`: the part of its distance that has gone, 0 to 1.
+    With the distance that the pretrained model starts from also `fit`, the part of it that has gone, 0 to 1.
     """
     labels = torch.arange(10).repeat_interleave(count)
-    pictures = draw(model, labels)
-    features = judge.features(pictures.view(-1, 1, 8, 8))
+    features = judge.features(draw(model, labels).view(-1, 1, 8, 8))
     learned = labels < 5
     wanted = judge.features(task.test["images"].view(-1, 1, 8, 8))
     found = {
@@ -215,10 +214,7 @@ def quality(
         "prior": float((judge.last(features).argmax(1) == labels)[~learned].float().mean()),
         "diversity": float(torch.cov(features[~learned].T).trace()),
     }
-    if pretrained is not None:
-        start = quality(pretrained, task, judge, count=count)["distance"]
-        found["fit"] = max(0.0, 1 - found["distance"] / start)
-    return found
+    return found if start is None else {**found, "fit": max(0.0, 1 - found["distance"] / start)}
 
 
 def style_world(lab: Lab) -> TuningWorld:
@@ -234,8 +230,7 @@ def style_world(lab: Lab) -> TuningWorld:
         keep = kinds < 5
         return Task(train, {}, {"images": _flat(bold(unseen[keep])), "labels": kinds[keep]})
 
-    judge, pretrained = reader(lab), denoiser(lab)
-    evaluate = functools.partial(
-        quality, judge=judge, pretrained=pretrained, count=lab.pick(smoke=10, desk=60)
-    )
+    judge, count = reader(lab), lab.pick(smoke=10, desk=60)
+    start = quality(denoiser(lab), task(0), judge, count=count)["distance"]
+    evaluate = functools.partial(quality, judge=judge, start=start, count=count)
     return TuningWorld("bold digits", lambda _: denoiser(lab), task, evaluate)
