@@ -33,6 +33,7 @@ RULE = (
     "the 95 % interval over seeds of the paired gain of the parallel over the sequential adapter reaches 0, or MAM is in the "
     "mean worse than the better of its parts"
 )
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 CHUNK = 2000
 BUDGET = 22_300
 FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -66,9 +67,11 @@ def claim(lab: Lab) -> Verdict:
         "LoRA on q, v, s = 2": LoraConfig(r=11, lora_alpha=22, target_modules=["q_proj", "v_proj"]),
     }
     configs: dict[str, Any] = judged if lab.scale == "smoke" else judged | others
-    arms = {name: adapter(config, recipe={"batch_size": 8}) for name, config in configs.items()}
+    arms = {name: adapter(config, lrs=RATES, recipe={"batch_size": 8}) for name, config in configs.items()}
     if lab.scale != "smoke":
-        arms["full fine-tuning"] = Arm(full.prepare, lrs=(3e-4, 1e-3, 3e-3, 1e-2), recipe={"batch_size": 8})
+        arms["full fine-tuning"] = Arm(
+            full.prepare, lrs=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), recipe={"batch_size": 8}
+        )
     chosen = measure_at_first_seeds_rate(lab, world, arms, seeds, steps, higher_is_better=False)
     stored = {name: _stored(rows[0]) for name, rows in chosen.items()}
     for name in configs:
@@ -115,9 +118,9 @@ def claim(lab: Lab) -> Verdict:
 
 
 def _task(lab: Lab, seed: int) -> Task:
-    """Source code in pieces of 2 kB: 30 to train and 8 to validate, drawn anew per seed; 20 of other modules to test."""
+    """Source code in pieces of 2 kB: 30 to train and 8 to validate, drawn anew per seed; 12 of other modules to test."""
     words, modules = tokenizer(lab), held_out()
-    train, valid, test = lab.pick(smoke=(3, 2, 2), desk=(30, 8, 20))
+    train, valid, test = lab.pick(smoke=(3, 2, 2), desk=(30, 8, 12))
     pieces = {}
     for side, names in (("seen", [m for i, m in enumerate(modules) if i % 3]), ("test", modules[::3])):
         text = stdlib_source(names, limit=lab.pick(smoke=20_000, desk=None))

@@ -1,4 +1,4 @@
-"""A cheaper search of the learning rate, for claims with many arms: the first seed's validation chooses for all seeds."""
+"""Other searches of the learning rate: by the first seed alone, where runs cost much; by all seeds, where few items validate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unfused.claims.lab.tuning import Arm, TuningWorld, measure, select
 if TYPE_CHECKING:
     from unfused.claims.lab import Lab
 
-__all__ = ["measure_at_first_seeds_rate"]
+__all__ = ["measure_at_common_rate", "measure_at_first_seeds_rate"]
 
 
 def measure_at_first_seeds_rate(
@@ -29,4 +29,22 @@ def measure_at_first_seeds_rate(
     if seeds[1:]:
         rest = select(measure(lab, world, chosen, seeds[1:], steps), by, higher_is_better)
         found = {name: rows + rest[name] for name, rows in found.items()}
+    return found
+
+
+def measure_at_common_rate(
+    lab: Lab,
+    world: TuningWorld,
+    arms: Mapping[str, Arm],
+    seeds: Sequence[int],
+    steps: int,
+    by: str = "valid",
+    higher_is_better: bool = True,
+) -> dict[str, list[dict[str, float]]]:
+    """Metrics per arm and seed at the rate whose mean over all seeds' validation is best; ties go to the lower rate."""
+    sign = 1 if higher_is_better else -1
+    found = {}
+    for name, grid in measure(lab, world, arms, seeds, steps).items():
+        best = max(sorted(grid), key=lambda lr: sign * sum(row[by] for row in grid[lr]))
+        found[name] = [{**row, "lr": best} for row in grid[best]]
     return found
