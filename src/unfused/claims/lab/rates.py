@@ -1,4 +1,4 @@
-"""Other searches of the learning rate: by the first seed alone, where runs cost much; by all seeds, where few items validate."""
+"""Other searches of the learning rate: by the first seed alone, where runs cost much; by all, where little validates."""
 
 from __future__ import annotations
 
