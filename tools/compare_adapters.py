@@ -1,10 +1,12 @@
-"""All tuners side by side on one task, into docs/adapters.md; costs come from `make bench` (docs/adapters-benchmark.json).
+"""All tuners side by side on four tasks, into docs/adapters.md; costs come from `make bench` (docs/adapters-benchmark.json).
 
-    python tools/compare_adapters.py [--seeds 3]
+    python tools/compare_adapters.py [--worlds digits photos-5 photos-50 sounds] [--seeds 3] [--data DIR]
 
-The task is the lab's: a tiny ViT pretrained on digits, then the same digits turned, negative, over a background, 10 labels a
-class. Every arm has the same 150 steps and picks its rate from the same four on 4 validation pictures a class. The sizes are
-a practitioner's first guess, not matched: the share of trained weights is in the table.
+The tasks are the lab's: a tiny ViT pretrained on digits, then the same digits turned, negative, over a background; a tiny ViT
+that knows which way up a photograph is, then CIFAR-10; a tiny AST of sounds, then ESC-10. Every arm has the same 150 steps and
+its rate from the same four by validation: with each seed's own on digits and sounds, with the first seed's on photographs. The
+sizes are a practitioner's first guess, not matched: the share of trained weights is in the table. What was found is kept in
+docs/adapters-accuracy.json; worlds that are not asked for keep theirs, and a world whose data are not here is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from rich.console import Console
 from torch import nn
 
 from unfused import adapters
-from unfused.claims.lab import Lab, estimate, tuning, vision
+from unfused.claims.lab import Lab, estimate, photos, rates, spectrograms, tuning, vision
+from unfused.claims.lab.worlds import Absent
 from unfused.data.files import atomic_write
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -274,20 +277,59 @@ def rows() -> dict[str, Row]:
     }
 
 
-def table(found: dict[str, list[dict[str, float]]], costs: dict[str, Any], total: int) -> str:
+@dataclass(frozen=True)
+class World:
+    """A task, and how its grid is searched."""
+
+    title: str
+    make: Callable[[Lab], tuning.TuningWorld]
+    measure: Callable[..., dict[str, list[dict[str, float]]]]
+
+
+def by_each_seed(
+    lab: Lab, world: Any, arms: Any, seeds: Any, steps: int
+) -> dict[str, list[dict[str, float]]]:
+    return tuning.select(tuning.measure(lab, world, arms, seeds, steps))
+
+
+WORLDS = {
+    "digits": World("shifted digits, 10 a class", vision.digits_world, by_each_seed),
+    "photos-5": World(
+        "CIFAR-10, 5 a class", lambda lab: photos.photos_world(lab, 5), rates.measure_at_first_seeds_rate
+    ),
+    "photos-50": World(
+        "CIFAR-10, 50 a class", lambda lab: photos.photos_world(lab, 50), rates.measure_at_first_seeds_rate
+    ),
+    "sounds": World("ESC-10, 5 a class", spectrograms.events_world, by_each_seed),
+}
+
+
+def fits(world: tuning.TuningWorld, arm: tuning.Arm, name: str) -> bool:
+    """Whether the tuner takes this backbone; it says itself why not."""
+    try:
+        arm.prepare(world.backbone(10))
+    except (ValueError, TypeError, AttributeError) as reason:
+        print(f"{world.name}: {name} is left out: {str(reason).splitlines()[0]}")
+        return False
+    return True
+
+
+def table(found: dict[str, dict[str, Any]], costs: dict[str, Any]) -> str:
+    shown = [name for name in WORLDS if name in found]
+    titles = " | ".join(WORLDS[name].title for name in shown)
     lines = [
-        "| | trained | accuracy | step time / LoRA | memory / LoRA | merges | best used when |",
-        "|---|---|---|---|---|---|---|",
+        f"| | trained | {titles} | step time / LoRA | memory / LoRA | merges | best used when |",
+        "|---|---|" + "---|" * len(shown) + "---|---|---|---|",
     ]
     for name, row in rows().items():
-        accuracy = estimate([metrics["test"] for metrics in found[name]])
+        scores = [
+            str(estimate(found[world][name]["accuracy"])) if name in found[world] else "" for world in shown
+        ]
+        share = next(found[world][name]["share"] for world in shown if name in found[world])
         cost = costs.get(row.cost or row.page, {})
-        shown = [f"{cost[key]:.2f}" if key in cost else "" for key in ("time", "memory")]
+        ratios = [f"{cost[key]:.2f}" if key in cost else "" for key in ("time", "memory")]
         title = f"[{name}](methods/{row.page}.md)" if row.page else name
-        share = found[name][0]["parameters"] / total
-        lines.append(
-            f"| {title} | {share:.2%} | {accuracy} | {' | '.join(shown)} | {row.merges} | {row.best} |"
-        )
+        lines.append(f"| {' | '.join([title, f'{share:.2%}', *scores, *ratios, row.merges, row.best])} |")
     return "\n".join(lines)
 
 
@@ -295,31 +337,57 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--data", help="folder with images/ and audio/; by default $UNFUSED_DATA or ../shared/data"
+    )
     parser.add_argument("--scale", choices=("smoke", "desk"), default="desk")
     arguments = parser.parse_args()
-    lab = Lab(arguments.scale, seeds=arguments.seeds, slug="adapters", console=Console(width=160))
-    world, steps = vision.digits_world(lab), lab.pick(smoke=3, desk=150)
-    arms = {name: row.arm for name, row in rows().items()}
-    found = tuning.select(tuning.measure(lab, world, arms, steps=steps))
-    total = sum(p.numel() for p in vision.digits_backbone(lab, 10).parameters())
-    record = DOCS / "adapters-benchmark.json"
-    costs = json.loads(record.read_text()) if record.exists() else {}
-    text = (
-        (DOCS / "adapters.md").read_text()
-        if (DOCS / "adapters.md").exists()
-        else "<!-- table:begin --><!-- table:end -->"
+    lab = Lab(
+        arguments.scale,
+        seeds=arguments.seeds,
+        data_dir=arguments.data,
+        slug="adapters",
+        console=Console(width=160),
     )
-    before, rest = text.split("<!-- table:begin -->")
-    after = rest.split("<!-- table:end -->")[1]
-    if arguments.scale == "desk":
-        with atomic_write(DOCS / "adapters.md") as file:
-            file.write(
-                f"{before}<!-- table:begin -->\n{table(found, costs, total)}\n<!-- table:end -->{after}"
+    accuracies = DOCS / "adapters-accuracy.json"
+    found = json.loads(accuracies.read_text()) if accuracies.exists() else {}
+    for name in arguments.worlds:
+        try:
+            world = WORLDS[name].make(lab)
+        except Absent as reason:
+            print(f"{name} is left out: {reason}")
+            continue
+        arms = {arm: row.arm for arm, row in rows().items() if fits(world, row.arm, arm)}
+        measured = WORLDS[name].measure(lab, world, arms, list(lab.seeds), lab.pick(smoke=3, desk=150))
+        total = sum(p.numel() for p in world.backbone(10).parameters())
+        found[name] = {
+            arm: {
+                "accuracy": [metrics["test"] for metrics in of_arm],
+                "lr": [metrics["lr"] for metrics in of_arm],
+                "share": of_arm[0]["parameters"] / total,
+            }
+            for arm, of_arm in measured.items()
+        }
+        for arm in sorted(measured, key=lambda arm: -np.mean(found[name][arm]["accuracy"])):
+            print(
+                f"{name:10} {np.mean(found[name][arm]['accuracy']):.3f} {found[name][arm]['share']:7.2%} {arm}"
             )
-    ranking = sorted(found, key=lambda name: -np.mean([m["test"] for m in found[name]]))
-    for name in ranking:
-        print(f"{np.mean([m['test'] for m in found[name]]):.3f} {found[name][0]['parameters']:>7} {name}")
+        if arguments.scale == "desk":
+            write(found, accuracies)
+
+
+def write(found: dict[str, dict[str, Any]], accuracies: Path) -> None:
+    with atomic_write(accuracies) as file:
+        json.dump(found, file, indent=1)
+        file.write("\n")
+    record, page = DOCS / "adapters-benchmark.json", DOCS / "adapters.md"
+    costs = json.loads(record.read_text()) if record.exists() else {}
+    before, rest = page.read_text().split("<!-- table:begin -->")
+    after = rest.split("<!-- table:end -->")[1]
+    with atomic_write(page) as file:
+        file.write(f"{before}<!-- table:begin -->\n{table(found, costs)}\n<!-- table:end -->{after}")
 
 
 if __name__ == "__main__":
