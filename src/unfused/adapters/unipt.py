@@ -34,6 +34,7 @@ from transformers import default_data_collator
 
 from unfused.data.hidden_states import HiddenStates, HiddenStatesWriter, States
 from unfused.nn.blocks import module_at, transformer_blocks
+from unfused.nn.fingerprint import fingerprint
 from unfused.nn.peft_register import register
 from unfused.nn.side import (
     SideLayer,
@@ -243,6 +244,10 @@ class UniPtLayer(SideLayer):
         else:
             dims = [tower.config.hidden_size] * (self.depth + 1)
         size = config.output_size or dims[-1]
+        config.require(
+            size == dims[-1] or getattr(tower, "pooler", None) is None,
+            f"output_size={size}: the model's pooler takes {dims[-1]}; leave it out, or build the model without a pooler",
+        )
         if config.form == "pooled":
             linear = [m for m in self.get_base_layer().modules() if isinstance(m, nn.Linear)]
             size = linear[-1].out_features
@@ -411,8 +416,11 @@ class UniPtModel(SideModel):
         finally:
             for layer in layers:
                 layer.keep = None
+        backbone = self._backbone()
         found = {
-            layer.site.name: writers[layer.site.name].close(site=layer.site.name, form=layer.form)
+            layer.site.name: writers[layer.site.name].close(
+                site=layer.site.name, form=layer.form, backbone=backbone
+            )
             for layer in layers
         }
         for states in found.values():
@@ -427,6 +435,12 @@ class UniPtModel(SideModel):
             raise ValueError(
                 f"states of {states.about}: the active UniPT adapter sits on {', '.join(sites) or 'nothing'}"
             )
+        if not getattr(states, "known", False):
+            if states.about.get("backbone", "") != self._backbone():
+                raise ValueError(
+                    "states come from a backbone with other weights: run `cache` again with this one"
+                )
+            states.known = True  # type: ignore[attr-defined]
         net = layer.unfused_unipt_net[layer.working()]
         batch = states.batch(chosen)
         device = net.gate.weight.device if hasattr(net, "gate") else net.mixer.gate.weight.device
@@ -498,6 +512,11 @@ class UniPtModel(SideModel):
         for part, training in was:
             part.train(training)
         return losses
+
+    def _backbone(self) -> str:
+        """Of all weights but the adapter's and the new head's."""
+        ours = ("unfused_unipt_", "modules_to_save.", "original_module.")
+        return fingerprint(self.model, lambda name: not any(part in name for part in ours))
 
     def _layers(self) -> list[UniPtLayer]:
         found = [
