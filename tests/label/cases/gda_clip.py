@@ -1,0 +1,6 @@
+from unfused.label import GDAClassifier
+
+ESTIMATORS = [
+    (GDAClassifier(), {}),
+    (GDAClassifier(shrinkage="pooled", normalize=False, priors="empirical"), {}),
+]
