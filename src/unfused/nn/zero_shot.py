@@ -229,4 +229,4 @@ class LogitClassifier(ClassifierMixin, BaseEstimator):
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Log-softmax of the logits, shape (n_samples, n_classes)."""
-        return log_softmax(self._all_logits(X))
+        return log_softmax(self._all_logits(X).astype(np.float64))  # exp(-200) is 0 in single precision
