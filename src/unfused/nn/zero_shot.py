@@ -93,7 +93,9 @@ def class_labels(classes: Any, count: int | None = None, name: str = "classes") 
     return labels
 
 
-def check_text_features(text_features: Any, n_features: int, normalize: bool = True) -> np.ndarray:
+def check_text_features(
+    text_features: Any, n_features: int, normalize: bool = True, name: str = "text_features"
+) -> np.ndarray:
     """Text features as finite float64 rows of norm 1, one a class.
 
     Parameters
@@ -104,6 +106,8 @@ def check_text_features(text_features: Any, n_features: int, normalize: bool = T
         Columns of X.
     normalize : bool, default=True
         False leaves the norms as they are.
+    name : str
+        Of the argument, for the message.
 
     Raises
     ------
@@ -112,13 +116,13 @@ def check_text_features(text_features: Any, n_features: int, normalize: bool = T
     """
     if hasattr(text_features, "detach"):
         text_features = text_features.detach().float().cpu().numpy()
-    text = check_array(text_features, dtype=np.float64, input_name="text_features")
+    text = check_array(text_features, dtype=np.float64, input_name=name)
     if text.shape[1] != n_features:
         raise ValueError(
-            f"text_features has {text.shape[1]} columns, X has {n_features} features: encode both with one model"
+            f"{name} has {text.shape[1]} columns, X has {n_features} features: encode both with one model"
         )
     if len(zero := np.flatnonzero(~text.any(axis=1))):
-        raise ValueError(f"text_features[{zero[0]}] has norm 0: it names no direction")
+        raise ValueError(f"{name}[{zero[0]}] has norm 0: it names no direction")
     return unit_rows(text) if normalize else text
 
 
