@@ -151,6 +151,17 @@ def test_a_rule_is_asked_for(lab):
 # --- lab -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("values", "seeds"),
+    [([0.5, 0.6, 0.7], 3), ({"a": [0.5, 0.6], "b": [0.7, 0.8]}, 2), ({"a": 0.5, "b": 0.6}, 5)],
+)
+def test_a_verdict_counts_the_seeds_it_has(tmp_path, values, seeds):
+    lab = Lab("desk", cache_dir=tmp_path)
+    assert (
+        lab.verdict(metric="accuracy", method=values, baselines={}, rule="never", holds=True).seeds == seeds
+    )
+
+
 def test_sizes_seeds_and_mistakes(tmp_path):
     assert Lab("desk").pick(smoke=1, desk=2) == 2 and Lab("gpu").pick(smoke=1, desk=2) == 2
     assert list(Lab("desk").seeds) == [0, 1, 2, 3, 4] and list(Lab("desk", seeds=2).seeds) == [0, 1]

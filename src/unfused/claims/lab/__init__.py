@@ -248,11 +248,17 @@ class Lab:
             },
             notes=tuple(notes),
             scale=self.scale,
-            seeds=len(self.seeds),
+            seeds=self._repeats(ours),
             seconds=round(seconds, 1),
             date=datetime.date.today().isoformat(),
             versions=versions(),
         )
+
+    def _repeats(self, numbers: Estimate) -> int:
+        """How many seeds there are numbers of; a claim may need fewer than the lab has."""
+        if groups := numbers.by_group():
+            return len(numbers.values) // len(groups)
+        return len(numbers.values) if all(unit.isdigit() for unit in numbers.values) else len(self.seeds)
 
     def _clock(self) -> float:
         """Seconds of work: this process's time plus what the cache saved it."""
