@@ -299,6 +299,21 @@ def test_what_is_known_is_not_computed_again(make, pictures, monkeypatch):
         make("clip").transform([np.zeros((9, 9), np.uint8)])
 
 
+def test_a_text_model_in_memory_is_found_again(models, tmp_path, monkeypatch):
+    from transformers import BertModel
+
+    encoder = FrozenEncoder(
+        BertModel.from_pretrained(models / "bert"), processor=word_tokenizer(), cache_dir=tmp_path, bf16=False
+    )
+    first = encoder.transform(["a dog", "a cat"])  # which leaves truncation set in the tokenizer
+
+    def never(*_, **__):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(frozen._Text, "embed", never)
+    np.testing.assert_array_equal(encoder.transform(["a dog", "a cat"]), first)
+
+
 def test_other_weights_are_another_model(make, models, pictures, tmp_path):
     import shutil
 

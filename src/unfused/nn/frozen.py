@@ -296,7 +296,12 @@ def _describe_processor(part: Any) -> str:
     if hasattr(part, "to_json_string"):
         return part.to_json_string()
     backend = getattr(part, "backend_tokenizer", None)
-    return f"{backend.to_str()} {part.model_max_length}" if backend is not None else repr(part)
+    if backend is None:
+        return repr(part)
+    settings = json.loads(backend.to_str())
+    for state in ("truncation", "padding"):  # left behind by the last call
+        settings.pop(state, None)
+    return f"{json.dumps(settings)} {part.model_max_length}"
 
 
 # -- towers ------------------------------------------------------------------------------------------------------------

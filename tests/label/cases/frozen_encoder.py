@@ -1,0 +1,3 @@
+ELSEWHERE = {
+    "FrozenEncoder": "it reads paths, pictures and texts, not numbers; see tests/data/test_frozen_encoder.py"
+}
