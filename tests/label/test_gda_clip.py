@@ -124,7 +124,7 @@ def test_leaving_out_where_nothing_is_left_to_scatter():
 
 def test_alpha_on_the_support_leaves_all_views_of_a_picture_out():
     X, y, text = sample(n=40, noise=1.5)
-    clf = GDAClassifier(text, alpha=[0.0, 1.0]).fit(X, y)
+    clf = GDAClassifier(text, alpha=np.array([0.0, 1.0])).fit(X, y)
     naive = naive_leave_one_out(X, y, np.arange(40))
     right = [
         np.mean([(100 * X[i] @ text.T + a * s).argmax() == y[i] for i, s in naive.items()]) for a in (0, 1)

@@ -369,8 +369,8 @@ class GDAClassifier(LogitClassifier):
             raise ValueError(f"shrinkage={self.shrinkage!r}: choose 'ks' or 'pooled'")
         if not self.logit_scale > 0:
             raise ValueError(f"logit_scale={self.logit_scale}: give a positive number (CLIP's is 100)")
-        known = not isinstance(self.alpha, str) or self.alpha == "grid"
-        if not known or (self.alpha != "grid" and not np.isfinite(np.asarray(self.alpha, float)).all()):
+        text = isinstance(self.alpha, str)
+        if self.alpha != "grid" if text else not np.isfinite(np.asarray(self.alpha, float)).all():
             raise ValueError(f"alpha={self.alpha!r}: give a number, an array of candidates, or 'grid'")
 
     def _reset(self, labels: np.ndarray | None, text_features: Any) -> None:
