@@ -14,7 +14,7 @@ of the checkpoints of a window that grows with the epochs (`unfused.nn.local_mea
 
 z3 has two forms. "joint", the paper's: K and V are the k known classes nearest to the new one. "single", the release's: K is
 w_y and V is z, so that attention is but the value projection. Names of the unknown classes at training time are an advantage
-over a tuner that lacks them: `synthetic="text"`, which takes their texts themselves as features, has it too and is to be beaten.
+over a tuner that lacks them: `synthetic="text"`, which takes their texts themselves as features, has it too: to be beaten.
 The teacher is not in the release; its formula and the squared difference of probabilities are from recollection.
 
 Reference: Overcoming the Pitfalls of Vision-Language Model Finetuning for OOD Generalization, ICLR 2024, arXiv:2401.15914.
