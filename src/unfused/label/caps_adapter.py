@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 
 from unfused.nn.cache_model import Keys, divergence, linear_grid
@@ -31,6 +30,7 @@ from unfused.nn.zero_shot import (
     FLOATS,
     LogitClassifier,
     align_classes,
+    check_labels,
     check_text_features,
     class_labels,
     label_index,
@@ -156,7 +156,7 @@ class MAdapterClassifier(LogitClassifier):
         if not self.tau > 0 or not self.logit_scale >= 0:
             raise ValueError(f"tau={self.tau}, logit_scale={self.logit_scale}: give positive numbers")
         X, y = validate_data(self, X, y, dtype=FLOATS)
-        check_classification_targets(y)
+        check_labels(y)
         text = self.text_features if text_features is None else text_features
         text = None if text is None else check_text_features(text, X.shape[1])
         self.classes_, self.text_features_ = align_classes(y, text, self.classes)

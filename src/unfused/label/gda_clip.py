@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (
     _check_sample_weight,
     check_consistent_length,
@@ -45,6 +44,7 @@ from unfused.nn.zero_shot import (
     FLOATS,
     LogitClassifier,
     align_classes,
+    check_labels,
     check_text_features,
     class_labels,
     label_index,
@@ -177,7 +177,7 @@ class GDAClassifier(LogitClassifier):
             return self.fit_unlabeled(X, text_features=text_features)
         self._check_parameters()
         X, y = validate_data(self, X, y, dtype=FLOATS)
-        check_classification_targets(y)
+        check_labels(y)
         weight, keep = None, slice(None)
         if sample_weight is not None:
             weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
@@ -224,7 +224,7 @@ class GDAClassifier(LogitClassifier):
         self._check_parameters()
         first = not hasattr(self, "counts_")
         X, y = validate_data(self, X, y, dtype=FLOATS, reset=first)
-        check_classification_targets(y)
+        check_labels(y)
         weight = None
         if sample_weight is not None:
             weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 from sklearn.base import clone
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 
 from unfused.nn.cache_model import Keys, confident_and_central, multi_level_affinity
@@ -34,6 +33,7 @@ from unfused.nn.zero_shot import (
     FLOATS,
     LogitClassifier,
     align_classes,
+    check_labels,
     check_text_features,
     label_index,
     unit_rows,
@@ -61,7 +61,7 @@ class _Unlabelled(LogitClassifier):
             X = validate_data(self, X, dtype=FLOATS)
         else:
             X, y = validate_data(self, X, y, dtype=FLOATS)
-            check_classification_targets(y)
+            check_labels(y)
         if text is not None:
             text = check_text_features(text, X.shape[1])
         self.classes_, self.text_features_ = align_classes(y, text, self.classes)

@@ -6,17 +6,20 @@ bound memory, and the scikit-learn face of anything that gives logits. NumPy and
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 __all__ = [
     "FLOATS",
     "LogitClassifier",
     "align_classes",
+    "check_labels",
     "check_text_features",
     "class_labels",
     "label_index",
@@ -124,6 +127,13 @@ def check_text_features(
     if len(zero := np.flatnonzero(~text.any(axis=1))):
         raise ValueError(f"{name}[{zero[0]}] has norm 0: it names no direction")
     return unit_rows(text) if normalize else text
+
+
+def check_labels(y: np.ndarray) -> None:
+    """scikit-learn's check of class labels, without its warning that so many classes might be numbers: one shot is usual."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The number of unique classes")
+        check_classification_targets(y)
 
 
 def align_classes(
