@@ -264,6 +264,78 @@ def test_models_in_memory(models, pictures, make, tmp_path):
         FrozenEncoder(bert, cache_dir=tmp_path).transform(["a"])
 
 
+def other_families():
+    import transformers as T
+
+    text = SMALL | dict(vocab_size=len(WORDS), max_position_embeddings=16)
+    special = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    vision = SMALL | dict(image_size=32, patch_size=16)
+    yield (
+        "text",
+        T.GPT2Model(T.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=16)),
+        "last",
+    )
+    yield (
+        "text",
+        T.T5Model(T.T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
+        "auto",
+    )
+    yield "image", T.Dinov2Model(T.Dinov2Config(**{**vision, "intermediate_size": None})), "auto"
+    yield "image", T.CLIPVisionModel(T.CLIPVisionConfig(**vision)), "auto"
+    yield "both", T.SiglipModel(T.SiglipConfig(text_config=text | special, vision_config=vision)), "auto"
+    sizes = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    whisper = T.WhisperConfig(
+        **sizes,
+        d_model=16,
+        num_mel_bins=16,
+        max_source_positions=50,
+        vocab_size=20,
+        decoder_start_token_id=2,
+        **special,
+    )
+    yield "audio", T.WhisperModel(whisper), "auto"
+    audio = dict(
+        spec_size=64, patch_size=4, patch_stride=[4, 4], num_mel_bins=16, window_size=4, depths=[1, 1]
+    )
+    audio |= dict(num_attention_heads=[1, 2], patch_embeds_hidden_size=8, hidden_size=16, num_classes=2)
+    yield (
+        "clap",
+        T.ClapModel(T.ClapConfig(text_config=text | special, audio_config=audio, projection_dim=8)),
+        "auto",
+    )
+
+
+def test_other_families():
+    """Every family runs, and no row depends on its batch."""
+    import transformers as T
+
+    rng = np.random.default_rng(0)
+    tokenizer, pixels = word_tokenizer(), image_processor(32, [0.5] * 3, [0.5] * 3)
+    tokenizer.pad_token = None  # as GPT-2's
+    window = dict(
+        fft_window_size=400, truncation="rand_trunc", padding="repeatpad", max_length_s=1, hop_length=160
+    )
+    ears = {
+        "audio": T.WhisperFeatureExtractor(feature_size=16, chunk_length=1),
+        "clap": T.ClapFeatureExtractor(feature_size=16, sampling_rate=RATE, **window),
+    }
+    waves = [rng.normal(0, 0.1, n).astype(np.float32) for n in (8000, 16000, 40000)]
+    items = {
+        "text": ["a red dog", "cat", "the dog runs . a cat"],
+        "image": rng.integers(0, 256, (3, 40, 30, 3), np.uint8),
+    }
+    torch.manual_seed(0)
+    for kind, model, pooling in other_families():
+        tools = [tokenizer, pixels, *([ears[kind]] if kind in ears else [])]
+        data = items.get("image" if kind == "both" else kind, waves)
+        how = dict(processor=tools, pooling=pooling, bf16=False, cache_dir=None)
+        rows = FrozenEncoder(model, **how).transform(data)
+        assert rows.shape[0] == 3 and np.isfinite(rows).all() and len(np.unique(rows.round(5), axis=0)) == 3
+        np.testing.assert_allclose(FrozenEncoder(model, batch_size=1, **how).transform(data), rows, atol=1e-5)
+        if kind in ("both", "clap"):
+            assert FrozenEncoder(model, **how).encode_classes(["cat", "red dog"]).shape == (2, rows.shape[1])
+
+
 def test_what_adapt_made(make, pictures, tmp_path, models):
     """A run's folder, and the object that `unfused.load` gives."""
     import shutil

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unfused.nn.encoders import TransformersAudioEncoder, _evaluating, load_teacher
+from unfused.nn.encoders import AUDIO_PART, TransformersAudioEncoder, _evaluating, load_teacher
 
 __all__ = ["MODALITIES", "POOLINGS", "Frozen", "Source", "describe", "load"]
 
@@ -556,6 +556,7 @@ def load(
         extractor = _processor(source, "feature_extractor")
         if _dual(model):
             return _Audio(model, _ClapAudio(model, extractor))
+        model = model.get_submodule(AUDIO_PART.get(type(model).__name__, ""))
         return _Audio(model, TransformersAudioEncoder(model, extractor, max_seconds))
     if modality == "image":
         return _Image(model, _processor(source, "image_processor"), pooling, missing)
