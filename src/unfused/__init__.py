@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "FrozenEncoder": "unfused.data.frozen_encoder",
         "adapt": "unfused.workflow.adapt",
         "load": "unfused.workflow.predict",
         "methods": "unfused.catalog",

@@ -457,9 +457,11 @@ def test_in_a_pipeline(make, pictures):
 
 
 def test_exported():
-    from unfused.label import FrozenEncoder as exported
+    import unfused
+    import unfused.label
 
-    assert exported is FrozenEncoder
+    assert unfused.FrozenEncoder is unfused.label.FrozenEncoder is FrozenEncoder
+    assert "FrozenEncoder" in dir(unfused)
 
 
 def test_progress_is_shown_on_request(make, capsys):
