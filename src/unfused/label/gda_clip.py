@@ -344,14 +344,13 @@ class GDAClassifier(LogitClassifier):
                 raise ValueError("classes is None: give the new classes' names")
             classes = self.classes_.max() + 1 + np.arange(len(text))
         every = class_labels(np.concatenate([self.classes_, class_labels(classes, len(text))]))
-        old, new = len(self.classes_), np.arange(len(self.classes_), len(every))
-        for name, value in (("counts_", 0), ("means_", 0), ("image_coef_", 0), ("image_intercept_", 0)):
+        new = np.arange(len(self.classes_), len(every))
+        for name in ("counts_", "means_", "image_coef_", "image_intercept_"):
             was = getattr(self, name)
-            setattr(self, name, np.concatenate([was, np.full((len(text), *was.shape[1:]), value, was.dtype)]))
+            setattr(self, name, np.concatenate([was, np.zeros((len(text), *was.shape[1:]))]))
         self.text_features_ = np.concatenate([self.text_features_, text])
         self._stand_in(X, new, k, text_copies)
         order = np.argsort(every, kind="stable")
-        assert len(order) == old + len(text)
         for name in ("counts_", "means_", "image_coef_", "image_intercept_", "text_features_"):
             setattr(self, name, getattr(self, name)[order])
         self.classes_ = every[order]

@@ -93,8 +93,12 @@ def divergence(x: np.ndarray, keys: np.ndarray, text: np.ndarray | None, scale: 
     entropy = np.einsum("nc,nc->n", p, log_p)  # negative
     largest = theirs.max(axis=1)
     normaliser = largest + np.log(np.exp(theirs - largest[:, None]).sum(axis=1))
-    cross = (scale * (p if text is None else p @ text)) @ keys.T - normaliser
-    return np.maximum(entropy[:, None] - cross, 0)
+    apart = (
+        scale * (p if text is None else p @ text)
+    ) @ keys.T  # the cross term, turned into the result in place
+    np.subtract(normaliser, apart, out=apart)
+    apart += entropy[:, None]
+    return np.maximum(apart, 0, out=apart)
 
 
 def multi_level_affinity(
