@@ -255,7 +255,10 @@ def _fingerprint(where: str) -> str:
             path = try_to_load_from_cache(where, "config.json")
         return f"{where}@{Path(path).parent.name}" if isinstance(path, str) else ""
     total = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(where).rglob("*")):
+    folder = Path(
+        where
+    )  # parts of a model lie in sub-folders in sentence-transformers alone; others' are old checkpoints
+    for path in sorted(folder.rglob("*") if (folder / "modules.json").is_file() else folder.iterdir()):
         if path.suffix in (".json", ".safetensors", ".txt", ".model") and path.is_file():
             total.update(
                 f"{path.relative_to(where)} {_file_digest(path)}\n".encode("utf-8", "surrogateescape")
