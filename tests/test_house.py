@@ -158,6 +158,15 @@ def test_the_contract_names_every_family():
     assert listed == " | ".join(f"({family})" for family in FAMILIES)
 
 
+def test_two_hooks_on_one_module_both_run():
+    code = (
+        "from unfused._import_hook import when_imported\n"
+        "when_imported('colorsys', lambda: print('one'))\nwhen_imported('colorsys', lambda: print('two'))\n"
+        "import colorsys"
+    )
+    assert {"one", "two"} <= imported_by(code)
+
+
 # --- command line --------------------
 
 

@@ -40,7 +40,8 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if name != self.name:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
+        # Only those behind this one: a second finder of the same module stands before it, and asks it in turn.
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
