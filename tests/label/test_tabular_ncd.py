@@ -59,7 +59,9 @@ def test_finds_novel_classes_in_training_rows_and_new_ones(model):
 @EACH
 def test_number_of_clusters_is_estimated(model):
     X, _, y = world()
-    assert clone(model).set_params(n_clusters=None).fit(X, y).n_clusters_ in (2, 3, 4)
+    model = clone(model).set_params(n_clusters=None)
+    assert model.fit(X, y).n_clusters_ in (2, 3, 4)
+    assert model.set_params(k_max=2).fit(X, y).n_clusters_ == 2
 
 
 @EACH

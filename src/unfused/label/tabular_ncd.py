@@ -119,7 +119,7 @@ class _NCD(ClusterMixin, BaseEstimator):
     def _count(self, Z: np.ndarray, rng: Any) -> int:
         k = self.n_clusters  # type: ignore[attr-defined]
         if k is None:
-            return estimate_n_clusters(Z, random_state=draw_seed(rng))
+            return estimate_n_clusters(Z, k_max=self.k_max, random_state=draw_seed(rng))  # type: ignore[attr-defined]
         if not isinstance(k, int | np.integer) or k < 1:
             raise ValueError(f"n_clusters={k!r}: give a whole number from 1 on, or None to have it estimated")
         if k > len(Z):
@@ -158,6 +158,8 @@ class PBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _NCD):
         Starts of k-means.
     device : str, default="cpu"
         Where it is trained.
+    k_max : int, default=30
+        The most classes that an estimate may give.
     random_state : int, RandomState or None, default=None
 
     Attributes
@@ -206,6 +208,7 @@ class PBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _NCD):
         standardize: bool = True,
         n_init: int = 10,
         device: str = "cpu",
+        k_max: int = 30,
         random_state: Any = None,
     ) -> None:
         self.n_clusters = n_clusters
@@ -221,6 +224,7 @@ class PBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _NCD):
         self.standardize = standardize
         self.n_init = n_init
         self.device = device
+        self.k_max = k_max
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> PBN:
@@ -374,6 +378,8 @@ class NCDKMeans(_NCD):
         Starts are drawn in proportion to the squared distance, as the paper writes, or to the distance, as its code does.
     max_iter : int, default=300
     tol : float, default=1e-4
+    k_max : int, default=30
+        The most classes that an estimate may give.
     random_state : int, RandomState or None, default=None
 
     Attributes
@@ -408,6 +414,7 @@ class NCDKMeans(_NCD):
         sampling: str = "squared",
         max_iter: int = 300,
         tol: float = 1e-4,
+        k_max: int = 30,
         random_state: Any = None,
     ) -> None:
         self.n_clusters = n_clusters
@@ -415,6 +422,7 @@ class NCDKMeans(_NCD):
         self.sampling = sampling
         self.max_iter = max_iter
         self.tol = tol
+        self.k_max = k_max
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> NCDKMeans:
@@ -480,6 +488,8 @@ class NCDSpectralClustering(_NCD):
     n_init : int, default=10
     max_samples : int, default=5000
         The tree is that of so many rows, drawn at random, where there are more.
+    k_max : int, default=30
+        The most classes that an estimate may give.
     random_state : int, RandomState or None, default=None
 
     Attributes
@@ -515,6 +525,7 @@ class NCDSpectralClustering(_NCD):
         cluster_rows: str = "novel",
         n_init: int = 10,
         max_samples: int = 5000,
+        k_max: int = 30,
         random_state: Any = None,
     ) -> None:
         self.n_clusters = n_clusters
@@ -523,6 +534,7 @@ class NCDSpectralClustering(_NCD):
         self.cluster_rows = cluster_rows
         self.n_init = n_init
         self.max_samples = max_samples
+        self.k_max = k_max
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> NCDSpectralClustering:
