@@ -22,3 +22,4 @@ __getattr__, __dir__, __all__ = lazy_exports(
 
 install_hook()
 announce("unfused.adapters", Path(__file__).parent / "adapters")
+announce("unfused.label", Path(__file__).parent / "label")

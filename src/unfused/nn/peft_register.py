@@ -90,7 +90,10 @@ def announce(package: str, folder: str | Path) -> None:
 
 def _registrations(file: Path) -> Iterator[tuple[str, str, str]]:
     """The calls `register("method", Config, Model)` at the top level of a module."""
-    for node in ast.parse(file.read_text(encoding="utf-8"), filename=str(file)).body:
+    source = file.read_text(encoding="utf-8")
+    if "\nregister(" not in source:  # most modules: not worth parsing
+        return
+    for node in ast.parse(source, filename=str(file)).body:
         call = node.value if isinstance(node, ast.Expr) else None
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register":
             method, *names = call.args
