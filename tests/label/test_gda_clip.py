@@ -218,6 +218,17 @@ def test_added_names_are_sorted_in_and_checked():
         GDAClassifier().fit(X, y).add_classes(X, text)
 
 
+def test_an_added_class_gives_way_to_its_first_samples():
+    X, y, text = sample()
+    clf = GDAClassifier(text[:3], alpha=1.0).fit(X[y < 3], y[y < 3]).add_classes(X[y < 3], text[3:])
+    added = clf.image_coef_[3].copy()
+    clf.partial_fit(X[:3], y[:3])
+    assert np.array_equal(clf.image_coef_[3], added)
+    clf.partial_fit(X[y == 3], y[y == 3])
+    whole = GDAClassifier(text, alpha=1.0).fit(np.vstack([X, X[:3]]), np.r_[y, y[:3]])
+    assert np.allclose(clf.coef_, whole.coef_)
+
+
 def test_a_class_without_samples_is_added_by_its_text():
     X, y, text = sample()
     some = y != 2

@@ -237,9 +237,13 @@ class GDAClassifier(LogitClassifier):
             self._reset(np.unique(class_labels(labels)), text_features)
         index = label_index(y, self.classes_)
         moments = class_moments(self._rows(X), index, len(self.classes_), weight)
-        self._set_moments(
-            moments if first else Moments(self.counts_, self.means_, self.scatter_).merge(moments)
-        )
+        if first:
+            self._set_moments(moments)
+        else:
+            before = self.image_coef_, self.image_intercept_
+            self._set_moments(Moments(self.counts_, self.means_, self.scatter_).merge(moments))
+            unseen = self.counts_ == 0  # what `add_classes` made of a class stays until its first sample
+            self.image_coef_[unseen], self.image_intercept_[unseen] = before[0][unseen], before[1][unseen]
         self._choose_alpha(X_val, y_val, None)
         return self._merge()
 
@@ -382,6 +386,8 @@ class GDAClassifier(LogitClassifier):
                 "text_features is None: without labels the classes have to come from a text encoder"
             )
         self.classes_, self.text_features_ = align_classes(labels, text, self.classes)
+        for name in ("alpha_scores_", "n_iter_"):
+            self.__dict__.pop(name, None)
 
     def _log_prior(self, counts: np.ndarray) -> np.ndarray:
         if isinstance(self.priors, str) and self.priors in ("uniform", "empirical"):
@@ -419,8 +425,6 @@ class GDAClassifier(LogitClassifier):
         self.image_coef_[new], self.image_intercept_[new] = discriminant(means, precision, log_prior)
 
     def _choose_alpha(self, X_val: Any, y_val: Any, support: tuple[Any, ...] | None) -> None:
-        for name in ("alpha_scores_", "n_iter_"):
-            self.__dict__.pop(name, None)
         self.alpha_ = 1.0
         if self.text_features_ is None:
             return
