@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face `datasets` library, written out as a folder of files with a manifest."""
+"""Data sets of the Hugging Face `datasets` library, written out as a folder of files with a manifest, or as a table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_dataset(source: str) -> bool:
     return not is_path and bool(_HUB_ID.fullmatch(source))
 
 
-def export(source: str, folder: str | os.PathLike[str]) -> Path:
+def export(source: str, folder: str | os.PathLike[str], tables: bool = False) -> Path:
     """Write a data set's recordings or pictures as files, with a ``manifest.csv``; once, until it changes.
 
     Encoded files are copied byte for byte and bare arrays become WAV. Nothing is decoded: a broken
@@ -43,11 +43,14 @@ def export(source: str, folder: str | os.PathLike[str]) -> Path:
         Hub id ``owner/name[:split]``, or a folder made by ``save_to_disk``.
     folder : path
         The files go to a sub-folder of it.
+    tables : bool, default=False
+        Write a data set without recordings or pictures too: its plain values, as ``table.csv``.
 
     Returns
     -------
     Path
-        The manifest: path, split, and every column of plain values, classes by their names.
+        The manifest: path, split, and every column of plain values, classes by their names. The table: the same without
+        paths.
 
     Raises
     ------
@@ -58,7 +61,9 @@ def export(source: str, folder: str | os.PathLike[str]) -> Path:
     state = {name: split._fingerprint for name, split in splits.items()}
     name = os.path.basename(os.path.abspath(source)) if os.path.isdir(source) else source
     target = Path(folder) / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data")
-    manifest, done = target / "manifest.csv", target / "export.json"
+    done = target / "export.json"
+    has_media = all(_columns(source, split.features, tables)[0] is not None for split in splits.values())
+    manifest = target / ("manifest.csv" if has_media else "table.csv")
     if done.exists() and manifest.exists() and read_json(done) == state:
         return manifest
     with disk_errors(folder):
@@ -67,9 +72,15 @@ def export(source: str, folder: str | os.PathLike[str]) -> Path:
         columns: dict[str, None] = {}
         rows: list[dict[str, Any]] = []
         for name, split in splits.items():
-            media, plain = _columns(source, split.features)
+            media, plain = _columns(source, split.features, tables)
             classes = {column: getattr(split.features[column], "names", None) for column in plain}
             columns |= dict.fromkeys(plain)
+            if media is None:
+                rows += [
+                    {"split": name} | {column: _plain(row[column], classes[column]) for column in plain}
+                    for row in split.select_columns(plain)
+                ]
+                continue
             (target / name).mkdir(exist_ok=True)
             for number, row in enumerate(_undecoded(split, media)):
                 content, suffix = _encoded(row[media])
@@ -77,7 +88,8 @@ def export(source: str, folder: str | os.PathLike[str]) -> Path:
                 (target / path).write_bytes(content)
                 cells = {column: _plain(row[column], classes[column]) for column in plain}
                 rows.append({"path": path, "split": name} | cells)
-        header = ["path", "split", *columns]
+        several = len(splits) > 1 or has_media
+        header = [*(["path"] if has_media else []), *(["split"] if several else []), *columns]
         write_csv(manifest, header, ([row.get(column) for column in header] for row in rows))
         write_json(done, state)
     return manifest
@@ -107,8 +119,8 @@ def _load(source: str) -> dict[str, Any]:
     )
 
 
-def _columns(source: str, features: Any) -> tuple[str, list[str]]:
-    """The column of recordings or pictures, and those of plain values."""
+def _columns(source: str, features: Any, tables: bool) -> tuple[str | None, list[str]]:
+    """The column of recordings or pictures, if there is one, and those of plain values."""
     import datasets
 
     def is_media(feature: Any) -> bool:
@@ -117,12 +129,13 @@ def _columns(source: str, features: Any) -> tuple[str, list[str]]:
         return isinstance(feature, dict) and {"array", "sampling_rate"} <= feature.keys()
 
     media = [name for name, feature in features.items() if is_media(feature)]
-    if not media:
+    plain = [name for name, f in features.items() if isinstance(f, datasets.Value | datasets.ClassLabel)]
+    plain = [name for name in plain if name.lower() not in ("path", "split")]
+    if not media and not (tables and plain):
         raise ValueError(
             f"source={source!r} has no Audio or Image column; its columns are {', '.join(features)}"
         )
-    plain = [name for name, f in features.items() if isinstance(f, datasets.Value | datasets.ClassLabel)]
-    return media[0], [name for name in plain if name.lower() not in ("path", "split")]
+    return (media[0] if media else None), plain
 
 
 def _undecoded(split: Any, media: str) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 
 from unfused.data.files import Quarantine, write_csv
 from unfused.data.tables import (
+    ID_COLUMNS,
     LABEL_COLUMNS,
     PATH_COLUMNS,
     Finder,
@@ -342,7 +343,7 @@ def _labels_from(source: str | os.PathLike[str], manifest: Manifest) -> tuple[li
     table = read_table(source)
     cells = table.column(*LABEL_COLUMNS)
     rows = Finder(manifest.root, manifest.paths, Path(source).parent).rows(
-        table.column(*PATH_COLUMNS), table.path
+        table.column(*PATH_COLUMNS, *ID_COLUMNS), table.path
     )
     labels: list[str | None] = [None] * len(manifest)
     aligned: list[list[str | None]] = [[None] * len(table.columns)] * len(manifest)

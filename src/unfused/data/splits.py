@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from unfused.data.manifest import Manifest
-from unfused.data.tables import PATH_COLUMNS, Finder, read_table
+from unfused.data.tables import ID_COLUMNS, PATH_COLUMNS, Finder, read_table
 
 __all__ = ["few_shot", "hold_out", "validation_split"]
 
@@ -223,7 +223,7 @@ def _listed(manifest: Manifest, path: str) -> np.ndarray:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             names: list[str | None] = [line for line in file.read().split("\n") if line.strip()]
     else:
-        names = read_table(path).column(*PATH_COLUMNS)
+        names = read_table(path).column(*PATH_COLUMNS, *ID_COLUMNS)
     finder = Finder(manifest.root, manifest.paths, os.path.dirname(os.path.abspath(path)))
     chosen = np.zeros(len(manifest), bool)
     chosen[finder.rows(names, path)] = True

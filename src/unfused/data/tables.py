@@ -14,9 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LABEL_COLUMNS", "PATH_COLUMNS", "Finder", "Table", "label_of", "read_table", "relative_to"]
+__all__ = [
+    "ID_COLUMNS",
+    "LABEL_COLUMNS",
+    "PATH_COLUMNS",
+    "Finder",
+    "Table",
+    "label_of",
+    "read_table",
+    "relative_to",
+]
 
 PATH_COLUMNS = tuple("path file filename file_name filepath file_path audio recording image picture".split())
+ID_COLUMNS = tuple(
+    "id row_id rowid uid uuid guid key index __index_level_0__".split()
+)  # of rows that are no files
 LABEL_COLUMNS = ("label", "class", "category", "target")
 
 
@@ -46,7 +58,7 @@ class Table:
         index = self.find(*names)
         if index is None:
             others = f" (or {', '.join(names[1:])})" if names[1:] else ""
-            there = ", ".join(map(repr, self.columns))
+            there = ", ".join(map(repr, self.columns[:40])) + (", ..." if len(self.columns) > 40 else "")
             raise ValueError(f"{self.path!r} has no column {names[0]!r}{others}; its columns are {there}")
         return [row[index] for row in self.rows]
 
@@ -85,14 +97,19 @@ def read_table(path: str | os.PathLike[str]) -> Table:
     return Table(name, *(_parse_json(name, text) if is_json else _parse_csv(name, text)))
 
 
-def _parse_csv(name: str, text: str) -> tuple[list[str], list[list[str | None]]]:
+def delimiter_of(name: str, text: str) -> str:
+    """Comma, semicolon, tab or bar: under which the header names known columns and the next row has as many cells."""
     known = {*PATH_COLUMNS, *LABEL_COLUMNS}
 
     def fit(delimiter: str) -> tuple[int, bool, int]:
         (_, header), (_, second) = (*itertools.islice(_records(name, text, delimiter), 2), (0, [""]))[:2]
         return sum(cell.strip().lower() in known for cell in header), len(second) == len(header), len(header)
 
-    delimiter = max(",;\t|", key=fit)
+    return max(",;\t|", key=fit)
+
+
+def _parse_csv(name: str, text: str) -> tuple[list[str], list[list[str | None]]]:
+    delimiter = delimiter_of(name, text)
     (_, columns), *records = _records(name, text, delimiter)
     rows: list[list[str | None]] = []
     for line, record in records:

@@ -601,9 +601,11 @@ def embed_all(
             inputs, options = _batch(data, start, stop, device)
             if transform is not None:
                 inputs = transform(inputs)
-            if not inputs.is_floating_point():
+            if inputs.is_floating_point():
+                inputs = inputs.float()
+            elif not getattr(encoder, "takes_ids", False):
                 raise ValueError(f"data is {inputs.dtype}: give normalised floats, or a transform to them")
-            embedded = encoder.embed(inputs.float(), **options)  # type: ignore[operator]
+            embedded = encoder.embed(inputs, **options)  # type: ignore[operator]
             out[start:stop] = embedded.float().cpu().numpy()
             if progress:
                 progress(stop, total)

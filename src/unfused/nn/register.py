@@ -3,7 +3,8 @@
 `import unfused` has to stay light, yet `AutoModelForAudioClassification.from_pretrained` has to know our models after
 it. transformers itself is lazy in the same way: its tables hold names of classes, which it looks up in
 `transformers.models.NAME` on first use. So our names go into these tables, at once where the Auto classes are loaded
-already and else right after they are, and `transformers.models.unfused_audio` resolves to `unfused.nn.audio_model`.
+already and else right after they are, and `transformers.models.unfused_audio` resolves to `unfused.nn.audio_model`, and
+`unfused_table` to `unfused.nn.table_model`.
 (The public `AutoModel.register` takes classes: it would import torch and our models while transformers is in the
 middle of importing its own modules.)
 """
@@ -20,16 +21,18 @@ from types import ModuleType
 
 __all__ = ["install_hook", "register"]
 
-MODEL_TYPE, CONFIG = "unfused-audio", "UnfusedAudioConfig"
-ALIAS = "transformers.models.unfused_audio"
-TABLES = {
-    "transformers.models.auto.configuration_auto": {"CONFIG_MAPPING": CONFIG},
+ALIAS, TABLE_ALIAS = "transformers.models.unfused_audio", "transformers.models.unfused_table"
+ALIASES = {ALIAS: "audio_model", TABLE_ALIAS: "table_model"}
+CONFIGS = {"unfused-audio": "UnfusedAudioConfig", "unfused-table": "UnfusedTableConfig"}
+TABLES: dict[str, dict[str, dict[str, str]]] = {
+    "transformers.models.auto.configuration_auto": {"CONFIG_MAPPING": CONFIGS},
     "transformers.models.auto.feature_extraction_auto": {
-        "FEATURE_EXTRACTOR_MAPPING": "UnfusedFeatureExtractor"
+        "FEATURE_EXTRACTOR_MAPPING": {"unfused-audio": "UnfusedFeatureExtractor"}
     },
     "transformers.models.auto.modeling_auto": {
-        "MODEL_MAPPING": "UnfusedAudioModel",
-        "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING": "UnfusedAudioForClassification",
+        "MODEL_MAPPING": {"unfused-audio": "UnfusedAudioModel", "unfused-table": "UnfusedTableModel"},
+        "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING": {"unfused-audio": "UnfusedAudioForClassification"},
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": {"unfused-table": "UnfusedTableForClassification"},
     },
 }
 
@@ -59,22 +62,23 @@ def register() -> None:
 
 
 def _fill_tables(module: ModuleType) -> None:
-    for table, class_name in TABLES[module.__name__].items():
+    for table, classes in TABLES[module.__name__].items():
         mapping = getattr(module, table, None)
         if mapping is None:  # the module is only half executed, and comes here again when it is done
             return
-        getattr(module, f"{table}_NAMES")[MODEL_TYPE] = class_name
-        if table != "CONFIG_MAPPING":  # made from CONFIG_MAPPING_NAMES, perhaps before our name was there
-            mapping._reverse_config_mapping[CONFIG] = MODEL_TYPE
+        for model_type, class_name in classes.items():
+            getattr(module, f"{table}_NAMES")[model_type] = class_name
+            if table != "CONFIG_MAPPING":  # made from CONFIG_MAPPING_NAMES, perhaps before our name was there
+                mapping._reverse_config_mapping[CONFIGS[model_type]] = model_type
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of `TABLES` where the other finders do, fills them once they have run, and finds `ALIAS`."""
+    """Finds the modules of `TABLES` where the other finders do, fills them once they have run, and finds `ALIASES`."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name == ALIAS:
+        if name in ALIASES:
             return importlib.util.spec_from_loader(name, _AliasLoader())
         if name not in TABLES:
             return None
@@ -93,6 +97,5 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 class _AliasLoader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
-        from unfused.nn import audio_model
-
-        module.__dict__.update({name: getattr(audio_model, name) for name in audio_model.__all__})
+        ours = importlib.import_module(f"unfused.nn.{ALIASES[module.__name__]}")
+        module.__dict__.update({name: getattr(ours, name) for name in ours.__all__})
