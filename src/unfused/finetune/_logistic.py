@@ -30,7 +30,7 @@ def logistic(C: float) -> Pipeline:
 def choose_penalty(x: np.ndarray, y: np.ndarray, groups: Any, seed: int) -> tuple[float, float]:
     """The C with the lowest cross-validated log loss, and that loss: infinite where there are no folds."""
     losses = [
-        _losses(x, y, train, test) for train, test in _folds(y, groups, seed)
+        _losses(x, y, train, test) for train, test in folds_of(y, groups, seed)
     ]  # each (points, penalties)
     if not losses:
         return DEFAULT_C, float("inf")
@@ -50,7 +50,7 @@ def check(x: Any, y: Any, name: str = "features") -> tuple[np.ndarray, np.ndarra
     return x, y
 
 
-def _folds(y: np.ndarray, groups: Any, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def folds_of(y: np.ndarray, groups: Any, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     folds = min(FOLDS, int(np.unique(y, return_counts=True)[1].max()))
     whole = len(np.unique(groups)) if groups is not None else 0
     if folds < 2:
@@ -77,8 +77,11 @@ def _losses(x: np.ndarray, y: np.ndarray, train: np.ndarray, test: np.ndarray) -
     columns = []
     for C in PENALTIES:
         classify.set_params(C=C, warm_start=True).fit(seen, y[train])
-        of_truth = (y[test][:, None] == classify.classes_) * classify.predict_proba(unseen)
-        columns.append(
-            -np.log(np.maximum(of_truth.sum(1), 1e-6))
-        )  # a class not in the training folds: the floor
+        columns.append(losses_of(classify.predict_proba(unseen), classify.classes_, y[test]))
     return np.stack(columns, 1)
+
+
+def losses_of(probabilities: np.ndarray, classes: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Log loss of each point; that of a class that was not in the training folds is the floor."""
+    of_truth = (y[:, None] == classes) * probabilities
+    return -np.log(np.maximum(of_truth.sum(1), 1e-6))

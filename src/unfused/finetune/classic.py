@@ -6,6 +6,9 @@ the lowest cross-validated log loss on the labelled points:
               "statistics"   mean and standard deviation over time of 20 coefficients and of their slopes
     pictures  "pixels"       the picture at 16 x 16
               "descriptors"  histograms of oriented gradients, and a histogram of colours
+    texts     "words"        TF-IDF of single words and pairs
+              "characters"   TF-IDF of 2 to 5 characters within words, or "both"
+Rows of a table are told apart by logistic regression or by gradient-boosted trees, whichever has the lower loss.
 
 Reference: none (a baseline).
 Needs: labels.
@@ -20,9 +23,11 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
+from unfused.finetune._classic_table import ClassicTable
+from unfused.finetune._classic_text import ClassicText
 from unfused.finetune._logistic import check, choose_penalty, logistic
 
-__all__ = ["Classic", "audio_features", "image_features"]
+__all__ = ["Classic", "ClassicTable", "ClassicText", "audio_features", "image_features"]
 
 CHUNK = 512  # clips or pictures in memory at once
 
