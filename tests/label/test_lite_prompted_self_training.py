@@ -361,10 +361,21 @@ def test_a_killed_run_goes_on_to_the_same_weights(tokenizer, tmp_path):
 
 
 def test_full_fine_tuning_and_plain_prompting(tokenizer, tmp_path):
-    made = trainer(tmp_path, tokenizer, peft_config=None, sessions=0, unlabeled_dataset=())
-    made.train()
-    assert [row["stage"] for row in made.history_] == ["teacher"]
-    assert np.isfinite(made.predict(LABELED).predictions).all()
+    plain = trainer(tmp_path, tokenizer, peft_config=None, sessions=0, unlabeled_dataset=())
+    plain.train()
+    assert [row["stage"] for row in plain.history_] == ["teacher"]
+    whole = trainer(  # embeddings and vocabulary are tied, in teacher and look-ahead too
+        tmp_path,
+        tokenizer,
+        peft_config=None,
+        sessions=1,
+        meta_warmup=0.0,
+        update_teacher_steps=1,
+        finetune_epochs=0,
+    )
+    whole.train()
+    assert whole._trained().keys() == dict(whole.model.named_parameters()).keys()
+    assert np.isfinite(whole.predict(LABELED).predictions).all()
 
 
 @pytest.mark.parametrize(

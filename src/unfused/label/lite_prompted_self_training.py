@@ -97,7 +97,8 @@ class ListTrainer(Trainer):
     Notes
     -----
     Unless `args.save_strategy` is "no", `train(resume_from_checkpoint=True)` goes on at the stage, and the checkpoint in it, at
-    which a killed run stopped. A student that begins anew takes the adapter's first weights of this run.
+    which a killed run stopped. A student that begins anew takes the adapter's first weights of this run. Under DDP each process
+    weights its own part of a batch; under FSDP teacher and look-ahead do not work, as no process has all parameters.
 
     Raises
     ------
@@ -189,7 +190,7 @@ class ListTrainer(Trainer):
             "meta": meta_batch_size,
         }
         self.collate_labeled = template.collator(processing_class, max_length, label_column)
-        self.collate_unlabeled = template.collator(processing_class, max_length, None)
+        self.collate_unlabeled: Any = template.collator(processing_class, max_length, None)
         first = [train_dataset[i] for i in range(len(train_dataset))]
         _check(
             "labels" in self.collate_labeled(first),

@@ -126,6 +126,11 @@ class BlackBoxPromptLearner(ClassifierMixin, BaseEstimator):
     history_ : list of dict
         Of every round: `calls`, `changed` labels, `confident`, `histogram` of labels, mean `loss`, `prompt`.
 
+    Notes
+    -----
+    With all labels given, as in `cross_val_score`, it is supervised prompt learning. What it learned is short: `prompt_` and
+    `export`, the labelled texts; `unfused.label.save` refuses it, as a black box is a function.
+
     Raises
     ------
     ValueError
