@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from unfused.claims.lab import Lab
-    from unfused.label import Query
 
 __all__ = [
     "RULES",
@@ -164,7 +163,7 @@ def _words() -> dict[str, int]:
 
 
 class RuleBox:
-    """The decoder behind an API. Texts are words `s0` to `s15`, prompt tokens words `w0` to `w119`."""
+    """The decoder, asked by `unfused.label.Query`: texts of words `s0` to `s15`, prompts of words `w0` to `w119`."""
 
     class_words = ("no", "yes")
 
@@ -174,7 +173,7 @@ class RuleBox:
     def __sklearn_clone__(self) -> RuleBox:
         return self
 
-    def __call__(self, queries: Sequence[Query]) -> np.ndarray:
+    def __call__(self, queries: Sequence[Any]) -> np.ndarray:
         rows = [self._ids(query) for query in queries]
         ends = torch.tensor([len(row) - 1 for row in rows])
         longest = max(map(len, rows))
@@ -184,7 +183,7 @@ class RuleBox:
             logits = self.model.lm_head(hidden)[:, [LABEL, LABEL + 1]]
         return logits.softmax(-1).double().numpy()
 
-    def _ids(self, query: Query) -> list[int]:
+    def _ids(self, query: Any) -> list[int]:
         prompt = [self.words.get(word, FILLER) for token in query.prompt for word in token.split()][:PROMPT]
         row = prompt + [FILLER] * (PROMPT - len(prompt))
         for text, label in query.demos[-DEMOS:]:
@@ -262,7 +261,7 @@ class TopicBox:
             self._known.update(zip(fresh, rows, strict=True))
         return np.array([self._known[text] for text in texts])
 
-    def __call__(self, queries: Sequence[Query]) -> np.ndarray:
+    def __call__(self, queries: Sequence[Any]) -> np.ndarray:
         x = self.embed([query.text for query in queries])  # (n, d)
         named = [
             self.embed([" ".join([*query.prompt, word]) for word in self.class_words]) for query in queries
