@@ -7,7 +7,8 @@ blurred, crossed by strokes, noisy, with an inverted patch; a second target is s
 - `digit_model(lab, seed)`: a small CNN under cosine weights, as an image tower is under a text classifier, trained on clean
   digits alone.
 - `letter_verifier(lab, seed)`: sees two examples and a query, says whether the query is what its sentence says. Trained
-  episodically on letters of the target's corruption; its classes exist in the examples only. It knows of the sentences
+  episodically on letters of the target's corruption (half of each batch's turned by quarters or mirrored, each so a class
+  of its own, since 44 letters are few); its classes exist in the examples only. It knows of the sentences
   whether the negative's is the query's. `auc` is on letters held out.
 
 The corruption's strength was set by the digit model's accuracy alone, to about .63, the middle of the card's range (seed 100:
@@ -321,7 +322,12 @@ def letter_verifier(lab: Lab, seed: int) -> LetterVerifier:
         for _ in range(steps):
             some = torch.randperm(len(known), generator=generator)[:classes]
             draw = torch.randint(pool, (classes, each), generator=generator)
-            z = model.encoder(data[some[:, None], draw].flatten(0, 1))
+            batch = data[some[:, None], draw]
+            quarter, mirrored = torch.randint(4, (classes // 2,), generator=generator), classes // 4
+            batch[:mirrored] = batch[:mirrored].flip(-1)
+            for k in range(1, 4):
+                batch[: classes // 2][quarter == k] = batch[: classes // 2][quarter == k].rot90(k, (-2, -1))
+            z = model.encoder(batch.flatten(0, 1))
             *rows, same, truth = _episodes(classes, each, count, generator)
             loss = F.binary_cross_entropy_with_logits(model(*(z[row] for row in rows), same), truth.float())
             optimizer.zero_grad()
