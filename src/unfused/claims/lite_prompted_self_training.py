@@ -9,8 +9,8 @@ self-training steps and 40 on the labels, adapters of rank 16; the last step cou
 parameters has one learning rate, chosen for prompting without self-training on a draw that is not among the five.
 
 Refuted on a task if the 95 % interval over draws of the paired gain of LiST over the same self-training with uniform weights,
-both with junk, reaches 0. The rest is reported: without junk, without beginning anew, with true labels for the unlabelled
-texts, prompting without self-training, a classic head, and the share of examples whose weight is 0.
+both with junk, reaches 0. The rest is reported: prompting without self-training, a classic head, the share of examples whose
+weight is 0, and on the reviews what is without junk, without beginning anew, and with true labels for the unlabelled texts.
 """
 
 from __future__ import annotations
@@ -62,13 +62,12 @@ def claim(lab: Lab) -> list[Verdict]:
     few = ("classic head", "prompt, adapters", UNIFORM, LIST)
     found = []
     for name, sizes in worlds.items():
-        arms = tuple(ARMS) if name == "reviews" else few
-        arms = lab.pick(smoke=few[:2], desk=arms)
-        rates = {kind: _rate(lab, name, kind) for kind in RATES if kind in arms}
+        rates = {kind: _rate(lab, name, kind) for kind in RATES}
         clean: dict[str, dict[str, list[dict[str, float]]]] = {}
         junk: dict[str, dict[str, list[dict[str, float]]]] = {}
         for n in sizes:
-            for arm in arms:
+            arms = {10: few, 30: tuple(ARMS)}[n] if name == "reviews" else few[:2]
+            for arm in lab.pick(smoke=few[:2], desk=arms):
                 rows = [_unit(lab, name, seed, n, arm, 0.0, rates) for seed in lab.seeds]
                 clean.setdefault(arm, {})[f"{n} labels"] = rows
             for arm in WITH_JUNK:
@@ -80,7 +79,7 @@ def claim(lab: Lab) -> list[Verdict]:
         if LIST in clean:
             calm = lab.paired(_accuracy(clean[LIST]), _accuracy(clean[UNIFORM]), over="seeds")
             without = [f"gain of LiST over uniform weights without junk: {calm}"]
-        no_self = [arm for arm in arms if ARMS[arm].get("kind")]
+        no_self = [arm for arm in clean if ARMS[arm].get("kind") and len(clean[arm]) == len(sizes)]
         found.append(
             lab.verdict(
                 world=f"{name}, junk among the unlabelled texts",
