@@ -46,7 +46,7 @@ CHOICE_RULE = (
 )
 RATIO = {"o_proj": 1 / 16, "down_proj": 48.01 / 1536}  # one head of 16, 48 channels of 1,536: 10,240 numbers
 COUNT = 10_240
-LORA_RATES, RATES, FULL_RATES = (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
+RATES, FULL_RATES = (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3)
 SMALL = {"batch_size": 16}
 KEPT = ("old tasks", "facts", "docstring loss")
 
@@ -105,6 +105,9 @@ def claim(lab: Lab) -> list[Verdict]:
         notes=[
             "Bytes kept for backward are those of one step on 16 rows of 32 tokens, parameters left out.",
             "The first plan, sums of two numbers in words, was given up: no arm learned any in 120 steps.",
+            "In a first desk run the grids of all but LoRA ended at their best rates (1e-2; full fine-tuning 1e-3): S2FT 0.085, "
+            "LoRA 0.107, random entries 0.123, full 0.181; small activations 0.089, large 0.133. They were moved up, and all "
+            "adapters have the same now.",
         ],
     )
     second = lab.verdict(
@@ -138,7 +141,7 @@ def _arms(train: Batch, seed: int) -> dict[str, Arm]:
     }
     return {
         "S2FT": Arm(s2ft, RATES, recipe=SMALL),
-        "LoRA, same matrices": Arm(functools.partial(_lora, options=same), LORA_RATES, recipe=SMALL),
+        "LoRA, same matrices": Arm(functools.partial(_lora, options=same), RATES, recipe=SMALL),
         "S2FT, small activations": Arm(functools.partial(s2ft, selection="activation"), RATES, recipe=SMALL),
         "S2FT, large activations": Arm(
             functools.partial(s2ft, selection="activation", select_largest=True), RATES, recipe=SMALL
@@ -146,7 +149,7 @@ def _arms(train: Batch, seed: int) -> dict[str, Arm]:
         "random entries, same matrices": Arm(
             functools.partial(_random_entries, seed=seed), RATES, recipe=SMALL
         ),
-        "LoRA, all matrices": Arm(functools.partial(_lora, options=lora), LORA_RATES, recipe=SMALL),
+        "LoRA, all matrices": Arm(functools.partial(_lora, options=lora), RATES, recipe=SMALL),
         "full fine-tuning": Arm(full.prepare, FULL_RATES, recipe=SMALL),
     }
 
