@@ -106,8 +106,8 @@ def claim(lab: Lab) -> list[Verdict]:
             "Bytes kept for backward are those of one step on 16 rows of 32 tokens, parameters left out.",
             "The first plan, sums of two numbers in words, was given up: no arm learned any in 120 steps.",
             "In a first desk run the grids of all but LoRA ended at their best rates (1e-2; full fine-tuning 1e-3): S2FT "
-            "0.085, LoRA 0.107, random entries 0.123, full 0.181; small activations 0.089, large 0.133. They were moved up, and all "
-            "adapters have the same now.",
+            "0.085, LoRA 0.107, random entries 0.123, full 0.181; small activations 0.089, large 0.133. They were moved up, "
+            "and all adapters have the same now.",
         ],
     )
     second = lab.verdict(
