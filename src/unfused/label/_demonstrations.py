@@ -58,6 +58,7 @@ class Demonstrations:
             mine = own[start : start + BLOCK]
             there = np.flatnonzero(mine >= 0)
             if self.selector == "knn":
+                assert self.features is not None
                 near = features[start : start + BLOCK] @ self.features.T
                 near = np.array(near.toarray() if hasattr(near, "toarray") else near, dtype=float)
                 near[there, mine[there]] = -np.inf

@@ -111,7 +111,7 @@ def meta_weights(
             return soft_losses(call_with(model, parameters, logits, unlabeled), soft_labels)
 
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
-            _, alignment = jvp(losses, (values,), (direction,))
+            _, alignment = jvp(losses, (values,), (direction,))  # type: ignore[misc]  # no aux: a pair
     finally:
         model.train(was_training)
     weights = alignment.detach().relu()
