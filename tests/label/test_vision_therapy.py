@@ -260,7 +260,11 @@ def test_temperature():
 # -- verifiers that fail -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rubbish", [float("nan"), 1.5, -0.1, None, "True", [0.1, 0.2], object()], ids=str)
+@pytest.mark.parametrize(
+    "rubbish",
+    [float("nan"), 1.5, -0.1, None, "True", [0.1, 0.2], object()],
+    ids=["nan", "above 1", "below 0", "none", "text", "list", "object"],
+)
 def test_rubbish_for_one_image_costs_that_image(rubbish):
     _, (target, _, p) = world()
     whole, info = fitted().relabel(target, p)
