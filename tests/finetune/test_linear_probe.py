@@ -65,14 +65,14 @@ def test_works_with_hardly_any_labels(counts):
 
 
 def test_groups_are_never_on_both_sides_of_a_fold():
-    from unfused.finetune._logistic import _folds
+    from unfused.finetune._logistic import folds_of
 
     y, groups = np.arange(40) % 4, np.repeat(list("abcde"), 8)
-    folds = list(_folds(y, groups, 0))
+    folds = list(folds_of(y, groups, 0))
     assert len(folds) == 5
     assert all(not set(groups[train]) & set(groups[test]) for train, test in folds)
-    assert len(list(_folds(y, np.repeat("a", 40), 0))) == 5  # one group only: plain folds
-    assert len(list(_folds(y[:12], np.arange(12), 0))) == 3  # no more folds than points of a class
+    assert len(list(folds_of(y, np.repeat("a", 40), 0))) == 5  # one group only: plain folds
+    assert len(list(folds_of(y[:12], np.arange(12), 0))) == 3  # no more folds than points of a class
 
 
 @pytest.mark.parametrize(
