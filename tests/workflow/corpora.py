@@ -18,6 +18,10 @@ TINY: dict[str, Any] = dict(
     width=4, pretrain_steps=3, distil_steps=3, fine_tune_steps=3, clusters=4, method="unfused,classic"
 )
 
+IMPORTS = """torch._dynamo transformers.modelcard sklearn.manifold unfused.train.engine unfused.nn.text_encoder
+    unfused.workflow.adapt unfused.workflow.products unfused.workflow.unlabelled unfused.pretrain.contrastive
+    unfused.pretrain.unfused unfused.finetune.classic unfused.finetune.fine_tune unfused.nn.table_model""".split()
+
 
 def tone(kind: int, source: int, seconds: float = 0.4, seed: int = 0, rate: int = RATE) -> np.ndarray:
     time = np.arange(round(rate * seconds)) / rate
@@ -95,3 +99,47 @@ def results(run_folder: Path) -> dict[str, Any]:
         return [without(v) for v in value] if isinstance(value, list) else value
 
     return without(json.loads((run_folder / "metrics.json").read_text()))
+
+
+WORDS = {
+    "cars": "engine wheel road driver fuel brake".split(),
+    "cats": "purr whisker kitten milk claw tail".split(),
+    "food": "bread soup apple cheese salt plate".split(),
+}
+
+
+def write_texts(
+    path: Path, count: int = 24, label: str | None = "topic", ids: bool = False
+) -> list[tuple[str, str]]:
+    """`count` texts of six words of their topic, in a CSV; returns (text, topic) of each."""
+    rng, rows = np.random.default_rng(0), []
+    for number in range(count):
+        kind = list(WORDS)[number % 3]
+        rows.append((f"{' '.join(rng.choice(WORDS[kind], 6))} {number}", kind))
+    columns = [*(["id"] if ids else []), "body", *([label] if label else []), "source"]
+    table = [
+        [*([f"t{k}"] if ids else []), text, *([kind] if label else []), f"s{k // 3 % 3}"]
+        for k, (text, kind) in enumerate(rows)
+    ]
+    write_labels(path, table, columns)
+    return rows
+
+
+def write_rows(path: Path, count: int = 30, label: str | None = "species") -> list[dict[str, str]]:
+    """`count` flowers of three species: two measurements, a colour and a date, with gaps, in a CSV."""
+    rng, rows = np.random.default_rng(0), []
+    for number in range(count):
+        kind = number % 3
+        row = {
+            "length": f"{rng.normal(3 * kind, 0.5):.3f}" if number % 7 else "",
+            "width": f"{rng.normal(-2 * kind, 0.5):.3f}",
+            "colour": ["red", "blue", "white"][kind if number % 5 else 0],
+            "found": f"2024-0{kind + 1}-{number % 27 + 1:02d}",
+            "unit": "cm",
+            "site": f"s{number // 3 % 3}",
+        }
+        if label:
+            row[label] = ["setosa", "versicolor", "virginica"][kind]
+        rows.append(row)
+    write_labels(path, [list(row.values()) for row in rows], list(rows[0]))
+    return rows

@@ -17,12 +17,22 @@ def register(app: typer.Typer) -> None:
     def adapt_command(
         source: str | None = typer.Argument(
             None,
-            help="Folder (class folders give labels), CSV or JSONL manifest, or hub data set id. Default: the embedded sample.",
+            help="Folder (class folders give labels), manifest, table of texts or rows (CSV, TSV, JSONL, Parquet), "
+            "hub data set id. Default: the embedded sample.",
         ),
-        labels: str | None = typer.Option(None, help="CSV with columns path,label; blank: unlabelled."),
+        labels: str | None = typer.Option(
+            None, help="CSV with columns path,label; blank: unlabelled. Of a table also a column."
+        ),
         name: str | None = typer.Option(None, help="Name of the run folder. Default: that of SOURCE."),
         output: str | None = typer.Option(None, help="Folder of run folders. Default: runs."),
-        modality: str | None = typer.Option(None, help="auto, audio or image."),
+        modality: str | None = typer.Option(None, help="auto, audio, image, text or table."),
+        text_column: str | None = typer.Option(
+            None, help="Column of a table that holds the texts to classify."
+        ),
+        target: str | None = typer.Option(
+            None,
+            help="Column of the classes, blank where unknown; the other columns are what it is told from.",
+        ),
         method: str | None = typer.Option(
             None,
             help="Comma list, the first one's model is kept: unfused, unfused-literal, unfused-propagate, fine-tune, "
@@ -30,7 +40,10 @@ def register(app: typer.Typer) -> None:
         ),
         teacher: str | None = typer.Option(
             None,
-            help="contrastive (default), decar, delores-s, delores-m, slicer, random, or path or hub id of an audio encoder.",
+            "--teacher",
+            "--encoder",
+            help="contrastive (default), decar, delores-s, delores-m, slicer, random, or path or hub id of an encoder of "
+            "recordings or texts.",
         ),
         clusters: str | None = typer.Option(None, help="Number of clusters, or auto (default)."),
         propagate: bool | None = typer.Option(
@@ -60,7 +73,7 @@ def register(app: typer.Typer) -> None:
         threads: int | None = typer.Option(None, help="Processor threads. Default: all."),
         quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress."),
     ) -> None:
-        """From a folder of recordings or pictures and few labels, or none, to a model and a report."""
+        """From recordings, pictures, texts or rows of a table and few labels, or none, to a model and a report."""
         from unfused.workflow.adapt import adapt
 
         if threads is not None:
@@ -78,6 +91,8 @@ def register(app: typer.Typer) -> None:
                 name=name,
                 output=output,
                 modality=modality,
+                text_column=text_column,
+                target=target,
                 method=method,
                 teacher=teacher,
                 clusters=clusters,
@@ -100,7 +115,9 @@ def register(app: typer.Typer) -> None:
     @app.command("predict")
     def predict_command(
         model: str = typer.Argument(..., help="Folder that `unfused adapt` wrote: runs/NAME/model."),
-        files: list[str] = typer.Argument(..., help="Files to classify."),
+        files: list[str] = typer.Argument(
+            ..., help="Files to classify, or tables whose texts or rows to classify."
+        ),
         csv: str | None = typer.Option(None, help="Write path,label,confidence and a column per class here."),
     ) -> None:
         """Classify files with a model that `unfused adapt` made."""
@@ -108,9 +125,9 @@ def register(app: typer.Typer) -> None:
         from unfused.workflow.predict import AdaptedModel
 
         adapted, bad = AdaptedModel.load(model), Quarantine()
-        probabilities = adapted.predict_proba(files, bad)
+        names, probabilities = _probabilities(adapted, files, bad)
         rows = []
-        for path, row in zip(files, probabilities, strict=True):
+        for path, row in zip(names, probabilities, strict=True):
             if path in bad:
                 rows.append([path, "", ""] + [""] * len(row))
             else:
@@ -125,8 +142,31 @@ def register(app: typer.Typer) -> None:
                     typer.echo(f"{printable(path)}\t{label}\t{confidence}")
         for path, reason in bad.rows:
             print(f"unfused: {printable(path)}: {reason}", file=sys.stderr)
-        if len(bad) == len(files):
+        if len(bad) >= len(names):
             raise typer.Exit(1)
+
+
+def _probabilities(adapted: Any, files: list[str], bad: Any) -> tuple[list[str], Any]:
+    """Names and class probabilities of files, or of the rows of tables; what is unusable goes to `bad`."""
+    if adapted.kind not in ("text", "table"):
+        return files, adapted.predict_proba(files, bad)
+    import numpy as np
+
+    from unfused.data.files import Quarantine
+
+    names, blocks = [], []
+    for file in files:
+        aside = Quarantine()
+        ids, items = adapted.read_table(file, aside)
+        found = adapted.predict_proba(items, aside)
+        place = f"{file}: " if len(files) > 1 else ""
+        for index in np.flatnonzero(np.isnan(found).any(1)).tolist():
+            bad.add(place + ids[index], "an empty text")
+        for row, reason in aside.rows:  # unreadable, and not among the ids
+            bad.add(place + row, reason)
+        names += [place + name for name in ids]
+        blocks.append(found)
+    return names, np.concatenate(blocks)
 
 
 @contextmanager

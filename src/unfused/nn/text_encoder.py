@@ -124,7 +124,7 @@ class TextEncoder(nn.Module):
     depth : int, default=2
         Layers.
     dropout : float, default=0.1
-        Of embeddings and layers.
+        Of the tokens' embeddings.
 
     Attributes
     ----------
@@ -156,8 +156,6 @@ class TextEncoder(nn.Module):
             layer_types=["full_attention"] * depth,
             classifier_pooling="mean",
             embedding_dropout=dropout,
-            mlp_dropout=dropout,
-            attention_dropout=dropout,
             pad_token_id=PAD,
             bos_token_id=CLS,
             eos_token_id=SEP,

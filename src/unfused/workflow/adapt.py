@@ -1,4 +1,4 @@
-"""`unfused.adapt`: from a folder of recordings (or pictures) and few labels, or none, to a model.
+"""`unfused.adapt`: from a folder of recordings (or pictures), a table of texts or rows, and few labels or none, to a model.
 
 Read the function `adapt` from top to bottom: read, pretrain, cluster, distil, fine-tune, evaluate, write.
 
@@ -20,7 +20,7 @@ import numpy as np
 from unfused.data.files import Quarantine, digest, printable, read_json
 from unfused.data.manifest import Manifest
 from unfused.workflow.arms import Bench, Draw, Outcome
-from unfused.workflow.modality import Audio, Corpus, Image, Inputs, Modality
+from unfused.workflow.modality import Corpus, Inputs, Modality
 from unfused.workflow.run_folder import RunFolder
 from unfused.workflow.settings import TEACHERS, Settings
 
@@ -76,9 +76,9 @@ def adapt(
     cache: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Run:
-    """Adapt a model to a folder of recordings or pictures with few labels or none.
+    """Adapt a model to recordings, pictures, texts or the rows of a table with few labels or none.
 
-    Stage by stage: read the files; pretrain a teacher on all of them without labels; cluster its features; distil the
+    Stage by stage: read the items; pretrain a teacher on all of them without labels; cluster its features; distil the
     clusters (or, as soon as labels exist, what the labels say of them) into a freshly initialised student; fine-tune it
     on the labels; evaluate on what is held out. A killed run continues where it was; a repeated one recomputes nothing.
 
@@ -86,9 +86,11 @@ def adapt(
     ----------
     source : path or str, optional
         A folder (sub-folders are classes when `labels` is not given), a CSV or JSONL manifest, a hub data set id, or a
-        data set saved by `datasets`. Default: the embedded sample of spoken words.
-    labels : path, optional
-        CSV with columns `path,label`; blank means unlabelled.
+        data set saved by `datasets`. Default: the embedded sample of spoken words. A CSV, TSV, JSONL or Parquet table that
+        names no files holds texts (`text_column`) or is itself the data.
+    labels : path or column, optional
+        CSV with columns `path,label` (of a table: its id column, or `row 17`); blank means unlabelled. Or a column of the
+        table.
     progress : bool, default=False
         Show progress bars on the terminal.
     cache : path, optional
@@ -97,14 +99,20 @@ def adapt(
         Of the run folder; default: the name of `source`.
     output : str, default="runs"
         Folder of run folders.
-    modality : {"auto", "audio", "image"}
+    modality : {"auto", "audio", "image", "text", "table"}
+    text_column : str, optional
+        The column of texts to classify; needed where a table has other columns too.
+    target : str, optional
+        The column of the classes, blank where unknown; default: label, class, category or target. Without a text column, the
+        table's other columns are what it is predicted from.
     method : str or sequence of str, default="unfused,classic"
         Methods to compare; the model of the first one that is a network of ours is kept. `unfused`, `unfused-literal`,
         `unfused-propagate`, `fine-tune`, `linear-probe`, `scratch`, `classic`, and `ceiling` (the student trained on all
         true labels of the training clips, a bound and not a method).
     teacher : str, default="contrastive"
         Self-supervised objective (`contrastive`, `decar`, `delores-s`, `delores-m`, `slicer`; `random`: none), or the
-        path or hub id of any transformers audio encoder.
+        path or hub id of any transformers audio encoder, for texts of any text encoder of transformers or
+        sentence-transformers. `encoder` is another word for it.
     clusters : int or "auto", default="auto"
         Number of clusters; "auto" takes the one that two varied copies of the data agree on best.
     propagate : bool, default=True
@@ -124,7 +132,7 @@ def adapt(
     seeds : int, default=1
         Repetitions, each with its own draw of `labels_per_class` and its own initialisation.
     width : int, default=32
-        Channels of the encoder.
+        Channels of the encoder; of a text encoder a quarter of its width, of a table's an eighth.
     pretrain_steps, distil_steps, fine_tune_steps : int, optional
         Optimizer steps; defaults grow with the data.
     queue : int, default=50
@@ -149,6 +157,8 @@ def adapt(
     >>> run = adapt("recordings/", labels="labels.csv", group="speaker", seed=0)  # doctest: +SKIP
     >>> run.metrics["methods"]["unfused"]["accuracy"]["mean"]                     # doctest: +SKIP
     >>> run.model.predict(["new.wav"])                                            # doctest: +SKIP
+    >>> adapt("texts.csv", text_column="body", target="topic").model.predict(["a text"])  # doctest: +SKIP
+    >>> adapt("flowers.parquet", target="species").model.predict("new.csv")       # doctest: +SKIP
     """
     from unfused.workflow.products import summary_facts, write_products
     from unfused.workflow.progress import Console
@@ -161,6 +171,8 @@ def adapt(
         run = RunFolder(path, console.stage)
         run.remove_leftovers()
         modality, corpus, groups = _read(settings, path, quarantine, cache, console)
+        if (relocate := _relocation(modality, corpus)) is not None:
+            run.relocate = relocate
         labels_known = _labels(corpus, run)
         classes = sorted({label for label in labels_known if label is not None})
         truth = np.array([classes.index(x) if x is not None else -1 for x in labels_known])
@@ -209,6 +221,12 @@ def _settings(source: Any, labels: Any, options: dict[str, Any]) -> Settings:
     if labels is not None:
         base["labels"] = os.fspath(labels)
     base.setdefault("name", _name_of(base["source"]))
+    if (encoder := given.pop("encoder", None)) is not None:  # another word for the same
+        if "teacher" in given:
+            raise ValueError(
+                f"encoder={encoder!r} and teacher={given['teacher']!r} are two words for one: give one"
+            )
+        given["teacher"] = encoder
     unknown = sorted(set(given) - set(Settings.__dataclass_fields__))
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r}: there are {sorted(Settings.__dataclass_fields__)}")
@@ -217,7 +235,7 @@ def _settings(source: Any, labels: Any, options: dict[str, Any]) -> Settings:
 
 def _name_of(source: str) -> str:
     stem = Path(source.rstrip("/")).resolve().name if os.path.exists(source) else source
-    for suffix in (".csv", ".jsonl", ".tsv"):
+    for suffix in (".csv", ".jsonl", ".ndjson", ".json", ".tsv", ".parquet", ".pq"):
         stem = stem.removesuffix(suffix)
     kept = "".join(c if c.isalnum() or c in "._+-" else "-" for c in stem.encode("ascii", "ignore").decode())
     return kept.strip("-.") or "run"
@@ -268,51 +286,52 @@ def _same(source: str) -> str:
 def _read(
     settings: Settings, path: Path, quarantine: Quarantine, cache: Any, console: Any
 ) -> tuple[Modality, Corpus, np.ndarray | None]:
-    from unfused.data.audio import AUDIO_EXTENSIONS
-    from unfused.data.images import IMAGE_EXTENSIONS
-    from unfused.data.manifest import read_manifest
+    from unfused.workflow.sources import open_source
+    from unfused.workflow.wording import units
 
-    extensions = {"audio": AUDIO_EXTENSIONS, "image": IMAGE_EXTENSIONS}.get(
-        settings.modality, AUDIO_EXTENSIONS | IMAGE_EXTENSIONS
-    )
-    manifest = read_manifest(
-        settings.source,
-        labels=settings.labels,
-        group=settings.group,
-        extensions=extensions,
-        quarantine=quarantine,
-        export_to=path / "hub",
-    )
-    kind = settings.modality
-    if kind == "auto":
-        pictures = sum(os.path.splitext(p)[1].lower() in IMAGE_EXTENSIONS for p in manifest.paths)
-        kind = "image" if pictures * 2 > len(manifest.paths) else "audio"
-        wrong = AUDIO_EXTENSIONS if kind == "image" else IMAGE_EXTENSIONS
-        keep = [os.path.splitext(p)[1].lower() not in wrong for p in manifest.paths]
-        for skipped, kept in zip(manifest.paths, keep, strict=True):
-            if not kept:
-                quarantine.add(skipped, f"not {kind}: most files of this folder are; see modality")
-        manifest = manifest.select(np.array(keep))
-    modality: Modality = Image(settings.width) if kind == "image" else Audio(settings.width)
+    modality, manifest = open_source(settings, quarantine, path / "hub")
     folder = Path(cache or os.environ.get("UNFUSED_CACHE") or Path.home() / ".cache" / "unfused")
     corpus = modality.read(
         manifest, folder / "features", quarantine, console.task("read", len(manifest.paths))
     )
     quarantine.write(path / "quarantine.csv")
+    unit, several = units(modality.name)
     if not len(corpus):
         raise ValueError(
-            f"source={printable(settings.source)} has no usable file: {len(quarantine)} set aside, "
+            f"source={printable(settings.source)} has no usable {unit}: {len(quarantine)} set aside, "
             f"reasons in {path / 'quarantine.csv'}"
         )
     if len(corpus) < 4:
         raise ValueError(
-            f"source={printable(settings.source)} has {len(corpus)} usable files: at least 4 are needed"
+            f"source={printable(settings.source)} has {len(corpus)} usable {several}: at least 4 are needed"
         )
     groups = corpus.manifest.groups
     named = (
         np.array([g if g is not None else "" for g in groups]) if any(g is not None for g in groups) else None
     )
     return modality, corpus, named
+
+
+def _relocation(modality: Modality, corpus: Corpus) -> Callable[[str, dict[str, str]], str] | None:
+    """For rows that are called by their number: where the row with these cells is now, if it is not where it was."""
+    records = getattr(modality, "records", None)
+    if records is None or records.id_column is not None:
+        return None
+    from unfused.workflow.run_folder import beside
+
+    def content(cells: dict[str, str]) -> tuple[tuple[str, str], ...]:  # as a spreadsheet may have written it
+        return tuple(sorted((name, " ".join(cell.split())) for name, cell in cells.items()))
+
+    index: dict[tuple[tuple[str, str], ...], list[str]] = {}
+
+    def relocate(path: str, cells: dict[str, str]) -> str:
+        if not index:
+            for row, name in enumerate(corpus.manifest.paths):
+                index.setdefault(content(beside(modality.shown(corpus, row))), []).append(name)
+        places = index.get(content(cells), [])
+        return places[0] if len(places) == 1 else path
+
+    return relocate
 
 
 def _labels(corpus: Corpus, run: RunFolder) -> list[str | None]:
@@ -431,7 +450,9 @@ def _prepare(
     window_stage = run.stage(
         "windows", base, lambda folder: unlabelled.write_windows(modality, corpus, pool, folder)
     )
-    inputs: Inputs = unlabelled.open_windows(window_stage.folder)
+    inputs: Inputs = unlabelled.open_windows(modality, pool, window_stage.folder)
+    for note in getattr(modality, "notes", ()):
+        console.say(f"  {note}")
     steps = _steps(settings, int(pool[inputs.clip].sum()))
     bench = Bench(
         modality=modality,

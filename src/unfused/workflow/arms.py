@@ -64,7 +64,7 @@ class Bench:
 
         if self.modality.name != "audio":
             raise ValueError(
-                "teacher: a transformers encoder can only teach recordings; give an objective's name"
+                "teacher: a transformers encoder can only teach recordings and texts; give an objective's name"
             )
         manifest = self.corpus.manifest
 
@@ -301,6 +301,8 @@ def _recovered(
 
 def fine_tune(bench: Bench, draw: Draw, folder: Path) -> Outcome:
     """The baseline that the paper argues against: the self-supervised encoder itself, fine-tuned."""
+    if bench.teacher is None and hasattr(bench.modality, "embed_with"):
+        return _fine_tune_foreign_text(bench, draw, folder)
     if bench.teacher is None:
         return _fine_tune_foreign(bench, draw, folder)
     return _supervised(bench, draw, bench.teacher(), folder, bench.steps["supervised"], lr=1e-3)
@@ -341,6 +343,40 @@ def _fine_tune_foreign(bench: Bench, draw: Draw, folder: Path) -> Outcome:
     )
 
 
+def _fine_tune_foreign_text(bench: Bench, draw: Draw, folder: Path) -> Outcome:
+    """The same for a pretrained model of texts, on its own tokens."""
+    from unfused.finetune.fine_tune import FineTune
+
+    torch.manual_seed(draw.seed)
+    encoder = bench.modality.trainable(bench.cache["teacher"])  # type: ignore[attr-defined]
+    objective = FineTune(encoder, len(bench.classes), label_smoothing=LABEL_SMOOTHING)
+    rows, texts = np.flatnonzero(draw.visible).tolist(), bench.corpus.raw
+    data = ArrayDataset(
+        **encoder.prepare([texts[row] for row in rows]), labels=torch.from_numpy(draw.labels[rows])
+    )
+    result = bench.fit(
+        objective,
+        data,
+        output_dir=folder,
+        steps=bench.steps["supervised"],
+        lr=5e-5,
+        batch_size=min(16, len(rows)),
+        seed=draw.seed,
+    )
+    blocks = []
+    with torch.inference_mode():
+        for start in range(0, len(texts), 64):
+            inputs = encoder.prepare(texts[start : start + 64])
+            blocks.append(objective.head(encoder.embed(**inputs)).softmax(-1).numpy())
+    parameters = sum(p.numel() for p in objective.parameters())
+    return Outcome(
+        np.concatenate(blocks),
+        parameters=parameters,
+        peak_mib=result.peak_mib,
+        curves={"fine-tune": result.history},
+    )
+
+
 class WaveformDataset(ArrayDataset):
     """Labelled waveforms, cut at `seconds`, as batches of a transformers encoder's own inputs."""
 
@@ -371,11 +407,9 @@ def linear_probe(bench: Bench, draw: Draw, folder: Path) -> Outcome:
 
 
 def classic(bench: Bench, draw: Draw, folder: Path) -> Outcome:
-    """Logistic regression on MFCC (pictures: on pixels and histograms): no network at all."""
-    from unfused.finetune.classic import Classic
-
+    """Logistic regression on MFCC (pictures: on pixels and histograms, texts: on TF-IDF): no network at all."""
     data, rows = bench.classic_input, np.flatnonzero(draw.visible)
-    model = Classic(seed=draw.seed).fit(data[rows], draw.labels[rows], groups=_groups(bench, rows))
+    model = bench.modality.classic(draw.seed).fit(data[rows], draw.labels[rows], groups=_groups(bench, rows))
     return Outcome(
         _expand(model, data, len(bench.classes)), details={"representation": model.representation_}
     )

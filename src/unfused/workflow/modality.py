@@ -2,7 +2,7 @@
 
 UnFuSeD needs a teacher's features and a student; all that differs between kinds of data is how a file becomes a tensor,
 which encoder reads it, how it is varied, what the classic baseline measures and what the saved model is called.
-A new kind of data is one more class here.
+A new kind of data is one more class; `modality_text` and `modality_table` hold those whose items are no files.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from unfused.data.manifest import Manifest
 
 @dataclass
 class Corpus:
-    """The usable recordings (pictures) of a run.
+    """The usable recordings (pictures, texts, rows) of a run.
 
     Attributes
     ----------
     manifest : Manifest
         One row per usable file.
-    raw : sequence of ndarray
-        Per file what was read, memory-mapped: log-mel `(mels, frames)`, or picture `(3, height, width)` in 0..255.
+    raw : sequence
+        Per file what was read, memory-mapped: log-mel `(mels, frames)`, or picture `(3, height, width)` in 0..255. Of texts
+        the strings, of a table its rows of cells.
     seconds : ndarray of shape (n_files,)
-        Durations; zeros for pictures.
+        Durations; zeros for all but recordings.
     digest : str
         Fingerprint of all contents and of the front end, in order.
     """
 
     manifest: Manifest
-    raw: Sequence[np.ndarray]
+    raw: Sequence[Any]
     seconds: np.ndarray
     digest: str
 
@@ -52,6 +53,7 @@ class Inputs:
     Attributes
     ----------
     values : ndarray of shape (n_windows, channels, height, width), float32 or uint8
+        Of texts ids (n_windows, tokens), int32; of a table (n_rows, columns), float32.
     clip : ndarray of shape (n_windows,)
         The row of the corpus that each window was cut from, ascending.
     normaliser : dict
@@ -86,9 +88,9 @@ def _corpus(manifest: Manifest, found: Any, front_end: str) -> Corpus:
     return Corpus(usable, found.features, found.seconds, content.hexdigest())
 
 
-def _new_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A memory-mapped float32 array with all its room on the disk taken: a full one is an OSError here, SIGBUS later."""
-    values = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+def _new_array(path: Path, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """A memory-mapped array with all its room on the disk taken: a full one is an OSError here, SIGBUS later."""
+    values = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):  # not on macOS
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -96,7 +98,11 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class Modality(Protocol):
-    """The contract; see `Audio` and `Image`."""
+    """The contract; see `Audio` and `Image`.
+
+    `inputs` may learn something from the pool (a vocabulary, the columns' means); what it writes into the stage's folder,
+    `attach` takes up, in this command or a later one, before anything below it is called.
+    """
 
     name: str
     task: str
@@ -106,16 +112,35 @@ class Modality(Protocol):
         self, manifest: Manifest, cache: Path, quarantine: Quarantine, progress: Callable | None
     ) -> Corpus: ...
     def inputs(self, corpus: Corpus, pool: np.ndarray, folder: Path) -> Inputs: ...
+    def attach(self, folder: Path, pool: np.ndarray) -> None: ...
     def encoder(self) -> Any: ...
     def augment(self, normaliser: dict[str, Any]) -> Any: ...
     def classic_input(self, corpus: Corpus) -> Any: ...
     def classic_features(self, corpus: Corpus) -> np.ndarray: ...
+    def classic(self, seed: int) -> Any: ...
     def classifier(self, encoder: Any, head: Any, classes: list[str]) -> Any: ...
     def processor(self, normaliser: dict[str, Any]) -> Any: ...
     def preview(self, path: Path) -> str | None: ...
+    def shown(self, corpus: Corpus, row: int) -> dict[str, str]: ...
 
 
-class Audio:
+class _OfFiles:
+    """What recordings and pictures have in common."""
+
+    def attach(self, folder: Path, pool: np.ndarray) -> None:
+        """Nothing: windows are normalised by numbers that lie beside them."""
+
+    def classic(self, seed: int) -> Any:
+        from unfused.finetune.classic import Classic
+
+        return Classic(seed=seed)
+
+    def shown(self, corpus: Corpus, row: int) -> dict[str, str]:
+        """Cells to show beside an item's name; files are played or looked at instead."""
+        return {}
+
+
+class Audio(_OfFiles):
     """Recordings: log-mel windows, AudioNTT, voice augmentation, MFCC statistics.
 
     Parameters
@@ -226,7 +251,7 @@ class Audio:
         return encode_preview(path)
 
 
-class Image:
+class Image(_OfFiles):
     """Pictures: square RGB tensors, a small ResNet of transformers, colour and shape augmentation, pixel statistics."""
 
     name = "image"

@@ -29,6 +29,33 @@ from transformers import pipeline
 classify = pipeline("image-classification", model=".")  # this folder, or the hub id
 print(classify("picture.jpg"))
 """
+_TEXT = """\
+from transformers import pipeline
+
+classify = pipeline("text-classification", model=".")  # this folder, or the hub id
+print(classify("A text."))
+"""
+_TABLE = """\
+import pandas
+import torch
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification.from_pretrained(".", trust_remote_code=True)
+rows = pandas.read_csv("new.csv")  # with the columns that the config describes
+with torch.inference_mode():
+    probabilities = model(model.encode(rows)).logits.softmax(-1)
+print([model.config.id2label[index] for index in probabilities.argmax(-1).tolist()])
+"""
+_MODALITY = {
+    "audio-classification": "audio",
+    "image-classification": "image",
+    "text-classification": "text",
+    "tabular-classification": "table",
+}
+_ELSEWHERE = {
+    "text": "other sources, times or ways of writing",
+    "table": "other places, times or ways of measuring",
+}
 _METHODS = {
     "unfused": "an encoder is trained on the pool without labels; the labels are spread over the pool along "
     "neighbours in its features, and the class-level targets that this gives are distilled into a freshly "
@@ -68,8 +95,8 @@ def model_card(
     ----------
     name : str
         Of the model.
-    task : {"audio-classification", "image-classification"}
-        The pipeline it works in.
+    task : {"audio-classification", "image-classification", "text-classification", "tabular-classification"}
+        The pipeline it works in (the last is one of the hub's only).
     method : str
         Which of `metrics["methods"]` the saved model is of.
     metrics : dict
@@ -95,17 +122,18 @@ def model_card(
         method_text = _METHODS["unfused-literal"]
     else:
         method_text = _METHODS.get(method, "")
-    things = wording.noun("image" if task.startswith("image") else "audio")
+    modality = _MODALITY[task]
+    things = wording.noun(modality)
     sections = [
         _front_matter(name, task, method, data, methods, settings),
         f"# {_escape(name)}",
         f"A classifier of {things} into {_classes(data)}, made by `unfused adapt` {version}"
         + _headline(methods.get(method), things),
         _section("Use", _use(task)),
-        _section("Data", _data(data, things)),
+        _section("Data", _data(data, things, modality)),
         _section("Method", _method(method, method_text, settings, parameters)),
-        _section("Evaluation", _evaluation(data, methods, settings, things)),
-        _section("Limits", _limits(data, methods.get(method), things)),
+        _section("Evaluation", _evaluation(data, methods, settings, things, modality)),
+        _section("Limits", _limits(data, methods.get(method), things, modality)),
         _section("Citation", f"```bibtex\n{_CITATION}```"),
     ]
     return "\n\n".join(part for part in sections if part) + "\n"
@@ -194,6 +222,16 @@ def _headline(row: Mapping[str, Any] | None, things: str) -> str:
 def _use(task: str) -> str:
     if task.startswith("image"):
         return f"```python\n{_IMAGE}```\n\nOn many files: `unfused predict MODEL *.jpg --csv out.csv`."
+    if task.startswith("text"):
+        return (
+            f"```python\n{_TEXT}```\n\nOn a table of texts, long ones cut into windows: "
+            "`unfused predict MODEL new.csv --csv out.csv`."
+        )
+    if task.startswith("tabular"):
+        return (
+            f"```python\n{_TABLE}```\n\nThe architecture's code lies in this folder, hence `trust_remote_code=True`; after "
+            "`import unfused` it is not needed. On a table: `unfused predict MODEL new.csv --csv out.csv`."
+        )
     return (
         f"```python\n{_AUDIO}```\n\n"
         "The architecture's code lies in this folder, hence `trust_remote_code=True`; after `import "
@@ -202,7 +240,7 @@ def _use(task: str) -> str:
     )
 
 
-def _data(data: Mapping[str, Any], things: str) -> str:
+def _data(data: Mapping[str, Any], things: str, modality: str) -> str:
     if not data:
         return ""
     seconds = data.get("seconds_total")
@@ -210,7 +248,7 @@ def _data(data: Mapping[str, Any], things: str) -> str:
         f"- {data.get('usable', 0):,} {things}"
         + (f", {wording.duration(seconds)} in all" if seconds else "")
         + (
-            f"; {wording.plural(data['quarantined'], 'file')} set aside as unusable"
+            f"; {wording.plural(data['quarantined'], wording.units(modality)[0])} set aside as unusable"
             if data.get("quarantined")
             else ""
         )
@@ -249,6 +287,7 @@ def _evaluation(
     methods: Mapping[str, Mapping[str, Any]],
     settings: Mapping[str, Any],
     things: str,
+    modality: str,
 ) -> str:
     scored = {
         name: row
@@ -257,7 +296,6 @@ def _evaluation(
     }
     if not scored:
         return "Nothing was held out, so no accuracy is known."
-    modality = "image" if things == wording.noun("image") else "audio"
     held_out = f"{data['held_out']:,} {things}" if data.get("held_out") else f"the held-out {things}"
     split = [f"On {held_out}"]
     if settings.get("test") is not None:
@@ -283,12 +321,12 @@ def _evaluation(
     return f"{', '.join(split)}; {note}.\n\n" + "\n".join(table) + f"\n\n{pool[0]} {pool[1]}"
 
 
-def _limits(data: Mapping[str, Any], row: Mapping[str, Any] | None, things: str) -> str:
+def _limits(data: Mapping[str, Any], row: Mapping[str, Any] | None, things: str, modality: str) -> str:
+    noise = "" if modality in _ELSEWHERE else ", silence and noise included"
     lines = [
-        f"- It knows {_classes(data)} and gives one of them to anything, silence and noise included; its "
-        "probabilities are not calibrated.",
-        f"- It was trained on one collection of {things}; other microphones, cameras, places or speakers "
-        "lower its accuracy.",
+        f"- It knows {_classes(data)} and gives one of them to anything{noise}; its probabilities are not calibrated.",
+        f"- It was trained on one collection of {things}; "
+        f"{_ELSEWHERE.get(modality, 'other microphones, cameras, places or speakers')} lower its accuracy.",
         "- Whatever bias the collection and its labels have, the model has learnt.",
     ]
     accuracy = (row or {}).get("accuracy") or {}

@@ -1,4 +1,4 @@
-"""A saved model on new files: read, cut, predict."""
+"""A saved model on new files, texts or rows: read, cut, predict."""
 
 from __future__ import annotations
 
@@ -14,8 +14,22 @@ from unfused.data.files import BadFile, Quarantine
 __all__ = ["AdaptedModel", "load"]
 
 
+CLASSES: dict[str, tuple[str, ...]] = {
+    "audio": ("AutoModelForAudioClassification", "AutoFeatureExtractor"),
+    "image": ("AutoModelForImageClassification", "AutoImageProcessor"),
+    "text": ("AutoModelForSequenceClassification", "AutoTokenizer"),
+    "table": ("AutoModelForSequenceClassification",),
+}
+
+
+def _kind(config: Any) -> str:
+    if config.model_type in ("unfused-audio", "unfused-table"):
+        return config.model_type.removeprefix("unfused-")
+    return "text" if str((config.architectures or [""])[0]).endswith("ForSequenceClassification") else "image"
+
+
 class AdaptedModel:
-    """A classifier that `adapt` made, with the reading of files around it.
+    """A classifier that `adapt` made, with the reading of files, texts or tables around it.
 
     Every attribute that is not here is that of the transformers model inside (`config`, `save_pretrained`, ...), and
     calling it calls that model.
@@ -23,8 +37,8 @@ class AdaptedModel:
     Parameters
     ----------
     model : PreTrainedModel
-        For audio or image classification.
-    processor : feature extractor or image processor
+        For audio, image or text classification, or for rows of a table.
+    processor : feature extractor, image processor, tokenizer or None
     folder : Path
         Where it was loaded from.
 
@@ -33,21 +47,19 @@ class AdaptedModel:
     >>> model = AdaptedModel.load("runs/sample/model")       # doctest: +SKIP
     >>> model.predict(["a.wav", "b.wav"])                    # doctest: +SKIP
     ['mango', 'taxi']
+    >>> AdaptedModel.load("runs/texts/model").predict(["A text.", "Another."])  # doctest: +SKIP
+    >>> AdaptedModel.load("runs/flowers/model").predict("new.csv")              # doctest: +SKIP
     """
 
     def __init__(self, model: Any, processor: Any, folder: Path) -> None:
         self.model, self.processor, self.folder = model.eval(), processor, Path(folder)
+        self.kind = _kind(model.config)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> AdaptedModel:
         """Load `runs/NAME/model`, or `runs/NAME`."""
-        from transformers import (
-            AutoConfig,
-            AutoFeatureExtractor,
-            AutoImageProcessor,
-            AutoModelForAudioClassification,
-            AutoModelForImageClassification,
-        )
+        import transformers
+        from transformers import AutoConfig
 
         from unfused.nn.register import register
         from unfused.workflow.progress import no_bars_of_transformers
@@ -61,11 +73,10 @@ class AdaptedModel:
                 f"model={os.fspath(folder)!r} holds no config.json: give the folder that `unfused adapt` wrote"
             )
         config = AutoConfig.from_pretrained(path)
-        audio = config.model_type == "unfused-audio"
-        model_class = AutoModelForAudioClassification if audio else AutoModelForImageClassification
-        processor_class = AutoFeatureExtractor if audio else AutoImageProcessor
+        model_class, *processors = (getattr(transformers, name) for name in CLASSES[_kind(config)])
         with no_bars_of_transformers():
-            return cls(model_class.from_pretrained(path), processor_class.from_pretrained(path), path)
+            processor = processors[0].from_pretrained(path) if processors else None
+            return cls(model_class.from_pretrained(path), processor, path)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "model" not in self.__dict__:
@@ -105,22 +116,26 @@ class AdaptedModel:
         names = self.model.config.id2label
         return [names[index] for index in range(len(names))]
 
-    def predict_proba(
-        self, paths: Sequence[str | os.PathLike[str]], quarantine: Quarantine | None = None
-    ) -> np.ndarray:
-        """Class probabilities of files.
+    def predict_proba(self, paths: Any, quarantine: Quarantine | None = None) -> np.ndarray:
+        """Class probabilities of files, texts or rows.
 
         Parameters
         ----------
-        paths : sequence of path
-            Recordings of any length, rate and channel count (pictures of any size).
+        paths : sequence
+            Recordings of any length, rate and channel count (pictures of any size) by their paths. Of a model of texts the
+            texts themselves; of a model of rows a data frame, dicts, or a dict of columns. For these two also the path of a
+            table, in which the texts stand in the same column as they did, and the cells in the same columns.
         quarantine : Quarantine, optional
-            Gets the files that cannot be read, whose rows are then NaN. Without it such a file raises ValueError.
+            Gets what cannot be read, whose rows are then NaN. Without it such an item raises ValueError.
 
         Returns
         -------
         ndarray of shape (len(paths), n_classes), float32
         """
+        if self.kind in ("text", "table"):
+            if isinstance(paths, str | os.PathLike):
+                paths = self.read_table(paths, quarantine)[1]
+            return self._of_texts(paths, quarantine) if self.kind == "text" else self._of_rows(paths)
         if isinstance(paths, str | os.PathLike):
             raise TypeError(f"paths={os.fspath(paths)!r} is one path: give a list of paths")
         result = np.full((len(paths), len(self.classes)), np.nan, np.float32)
@@ -138,12 +153,95 @@ class AdaptedModel:
                 result[rows] = self._probabilities(items)
         return result
 
-    def predict(self, paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-        """Most probable class of each file; see `predict_proba`."""
-        return [self.classes[index] for index in self.predict_proba(paths).argmax(1)] if len(paths) else []
+    def predict(self, paths: Any) -> list[str]:
+        """Most probable class of each item; see `predict_proba`."""
+        probabilities = self.predict_proba(paths)
+        return [self.classes[index] for index in probabilities.argmax(1)] if len(probabilities) else []
+
+    def read_table(
+        self, path: str | os.PathLike[str], quarantine: Quarantine | None = None
+    ) -> tuple[list[str], Any]:
+        """What the rows of a table are called, and what `predict_proba` takes of them.
+
+        Parameters
+        ----------
+        path : path
+            CSV, TSV, JSON lines or Parquet.
+        quarantine : Quarantine, optional
+            Gets unreadable rows; without it the first one raises ValueError.
+        """
+        from unfused.data.records import TABLE_SUFFIXES, read_records
+
+        name = os.fspath(path)
+        if self.kind not in ("text", "table"):
+            raise ValueError(f"{name!r}: this model takes {self.kind} files, no tables")
+        if os.path.splitext(name)[1].lower() not in TABLE_SUFFIXES:
+            raise ValueError(f"{name!r}: give a table ({', '.join(sorted(TABLE_SUFFIXES))})")
+        aside = Quarantine()
+        records = read_records(path, aside)
+        for row, reason in aside.rows:
+            if quarantine is None:
+                raise ValueError(f"{name}, {row}: {reason}")
+            quarantine.add(row, reason)
+        if self.kind == "text":
+            column = self.model.config.text_column
+            if records.find(column) is None and len(records.columns) == 1:
+                column = records.columns[0]
+            return records.ids, [cell or "" for cell in records.column(column)]
+        cells = {}
+        for column in self.model.config.columns:
+            if (index := records.find(column["name"])) is None:
+                absent = [c["name"] for c in self.model.config.columns if records.find(c["name"]) is None]
+                more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+                raise ValueError(f"{name!r} lacks the columns {', '.join(map(repr, absent[:5]))}{more}")
+            cells[column["name"]] = [row[index] for row in records.rows]
+        return records.ids, cells
+
+    def _of_rows(self, rows: Any) -> np.ndarray:
+        import torch
+
+        encoded = self.model.encode(rows)
+        blocks = [np.empty((0, len(self.classes)), np.float32)]
+        with torch.inference_mode():
+            for start in range(0, len(encoded), 4096):
+                blocks.append(self.model(encoded[start : start + 4096]).logits.float().softmax(-1).numpy())
+        return np.concatenate(blocks)
+
+    def _of_texts(self, texts: Sequence[str], quarantine: Quarantine | None) -> np.ndarray:
+        """Mean over a text's windows, as in training; blank ones have nothing to be told by."""
+        import torch
+
+        from unfused.nn.text_encoder import cut_texts
+
+        result = np.full((len(texts), len(self.classes)), np.nan, np.float32)
+        window = int(getattr(self.model.config, "window", 128))
+        for start in range(0, len(texts), 256):
+            rows = []
+            for row, text in enumerate(texts[start : start + 256], start):
+                if not isinstance(text, str):
+                    raise TypeError(f"texts[{row}] is {type(text).__name__}: give strings")
+                if text.strip():
+                    rows.append(row)
+                elif quarantine is None:
+                    raise ValueError(f"texts[{row}] is empty")
+            if not rows:
+                continue
+            found = list(cut_texts(self.processor, [texts[row] for row in rows], window))
+            clip, ids = np.array([row for row, _ in found]), np.stack([piece for _, piece in found])
+            sums = np.zeros((len(rows), len(self.classes)), np.float32)
+            for first in range(0, len(ids), 256):
+                batch = torch.from_numpy(ids[first : first + 256]).long()
+                batch = batch[:, : int((batch != self.processor.pad_token_id).sum(1).max())]
+                with torch.inference_mode():
+                    logits = self.model(
+                        batch, attention_mask=(batch != self.processor.pad_token_id).long()
+                    ).logits
+                np.add.at(sums, clip[first : first + 256], logits.float().softmax(-1).numpy())
+            result[rows] = sums / np.bincount(clip, minlength=len(rows))[:, None]
+        return result
 
     def _read(self, path: Any) -> Any:
-        if self.model.config.model_type == "unfused-audio":
+        if self.kind == "audio":
             from unfused.data.audio import decode
 
             return decode(path, self.processor.sampling_rate)
@@ -155,7 +253,7 @@ class AdaptedModel:
     def _probabilities(self, items: list[Any]) -> np.ndarray:
         import torch
 
-        if self.model.config.model_type == "unfused-audio":
+        if self.kind == "audio":
             batch = self.processor(items, sampling_rate=self.processor.sampling_rate, return_tensors="pt")
         else:
             batch = self.processor(list(items), return_tensors="pt", input_data_format="channels_first")

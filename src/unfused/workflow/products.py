@@ -15,8 +15,9 @@ from unfused.workflow.arms import Bench, Draw, load_network
 from unfused.workflow.modality import Corpus
 from unfused.workflow.progress import no_bars_of_transformers
 from unfused.workflow.report import ReportData, write_report
-from unfused.workflow.run_folder import RunFolder
+from unfused.workflow.run_folder import OWN_COLUMNS, RunFolder, beside
 from unfused.workflow.settings import Settings
+from unfused.workflow.wording import passage
 
 MAP_POINTS = 2000
 
@@ -161,6 +162,11 @@ def _data(settings: Settings, bench: Bench, draws: list[Draw], facts: dict[str, 
         "pool": int(bench.pool.sum()),
         "protocol": "inductive" if settings.inductive else "transductive",
         "clusters": len(bench.cache["clusters"].centroids),
+        **(
+            {"notes": [*bench.corpus.manifest.notes, *bench.modality.notes]}
+            if hasattr(bench.modality, "notes")
+            else {}
+        ),
     }
 
 
@@ -221,10 +227,15 @@ def _write_tables(
         rows.append(cells)
     write_csv(run.path / "pseudo_labels.csv", ("path", "cluster", "label", "predicted", "confidence"), rows)
     answers = run.collect_answers()  # once more: somebody may have been typing while this command ran
+    shown = [beside(bench.modality.shown(bench.corpus, q["row"])) for q in queue]
+    path, label, *rest = OWN_COLUMNS
     write_csv(
         run.path / "to_label.csv",
-        ("path", "label", "cluster", "reason"),
-        [(q["path"], answers.get(q["path"], ""), q["cluster"], q["reason"]) for q in queue],
+        (path, label, *(shown[0] if shown else ()), *rest),
+        [
+            (q["path"], answers.get(q["path"], ""), *cells.values(), q["cluster"], q["reason"])
+            for q, cells in zip(queue, shown, strict=True)
+        ],
     )
 
 
@@ -251,7 +262,8 @@ def _write_model(
     model = bench.modality.classifier(*network, bench.classes)
     with no_bars_of_transformers():
         model.save_pretrained(aside)
-    bench.modality.processor(bench.inputs.normaliser).save_pretrained(aside)
+    if (processor := bench.modality.processor(bench.inputs.normaliser)) is not None:
+        processor.save_pretrained(aside)
     card = model_card(
         name=settings.name,
         task=bench.modality.task,
@@ -357,7 +369,7 @@ def _report_data(
         groups=_by_group(bench, scores) if evaluated else {},
         confusion=_confusion(bench, scores[first][0]["predicted"], first) if evaluated else None,
         map=_map(bench, labels, probabilities if draws else None),
-        to_label=[{**q, "preview": _preview(bench, q["row"])} for q in queue],
+        to_label=[{**q, "preview": _preview(bench, q["row"]), **_text(bench, q["row"])} for q in queue],
         pseudo_label_summary=_cluster_summary(bench, labels),
     )
 
@@ -430,6 +442,7 @@ def _map(bench: Bench, labels: list[str | None], probabilities: np.ndarray | Non
                 else bench.classes[int(probabilities[row].argmax())],
                 "path": bench.corpus.manifest.paths[row],
                 "preview": _preview(bench, row),
+                **_text(bench, row),
                 "distance": float(clusters.distances[place]),
             }
         )
@@ -446,6 +459,15 @@ def _preview(bench: Bench, row: int) -> Any:
             return None
 
     return make
+
+
+def _text(bench: Bench, row: int) -> dict[str, str]:
+    """What is read where recordings are played: a text, or a row's cells with their names."""
+    cells = bench.modality.shown(bench.corpus, row)
+    if not cells:
+        return {}
+    named = [f"{name} {cell}" for name, cell in cells.items() if cell]
+    return {"text": passage(" · ".join(cells.values() if len(cells) == 1 else named))}
 
 
 def _cluster_summary(bench: Bench, labels: list[str | None]) -> list[dict[str, Any]]:

@@ -58,10 +58,11 @@ class ReportData:
         `labels`, `matrix` (rows: truth, columns: predicted; counts), optionally `method`.
     map : list of dict
         `x`, `y`, `cluster`, `label` (or None), `predicted` (or None), `path`, `preview`; optionally
-        `distance` (to the centroid; says which come first when previews must be thinned). A preview is a
-        data URI of sound or picture, None, or a function that makes one, called only while there is room.
+        `distance` (to the centroid; says which come first when previews must be thinned) and `text` (what is read where
+        there is nothing to play or look at). A preview is a data URI of sound or picture, None, or a function that makes
+        one, called only while there is room.
     to_label : list of dict
-        `rank`, `path`, `cluster`, `reason`, `preview`.
+        `rank`, `path`, `cluster`, `reason`, `preview`, optionally `text`.
     pseudo_label_summary : list of dict
         `cluster`, `size`, `label` (the most frequent among its labelled members, or None), `purity` (that
         label's share of them, or None), optionally `labelled` (how many they are).
@@ -117,6 +118,8 @@ def render_report(data: ReportData, max_preview_mib: float = 6.0) -> str:
     page = _template().render(
         data=data,
         noun=wording.noun(str(data.summary.get("modality", ""))),
+        unit=wording.units(str(data.summary.get("modality", "")))[0],
+        units=wording.units(str(data.summary.get("modality", "")))[1],
         headline=wording.headline(data.summary, data.methods, data.to_label),
         pool=wording.pool_sentences(data.pool, str(data.summary.get("modality", ""))),
         facts=views.facts(data),

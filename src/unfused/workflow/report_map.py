@@ -94,7 +94,7 @@ def cluster_map(data: ReportData, media_of: Mapping[str, int]) -> dict[str, Any]
         "height": round(height, 1),
         "count": len(points),
         "unplaced": len(data.map) - len(points),
-        "previews": sum(str(p["path"]) in media_of for p in points),
+        "previews": sum(str(p["path"]) in media_of or bool(p.get("text")) for p in points),
         "circles": [
             (f"{x:.1f}", f"{y:.1f}", colour, rims and known >= 0)
             for (x, y), colour, known in zip(position.tolist(), colours, label, strict=True)
@@ -120,6 +120,7 @@ def cluster_map(data: ReportData, media_of: Mapping[str, int]) -> dict[str, Any]
             "label": label,
             "predicted": predicted,
             "media": [media_of.get(str(p["path"]), -1) for p in points],
+            **({"text": [p.get("text") or "" for p in points]} if any(p.get("text") for p in points) else {}),
             "clusterColour": colour_of_cluster,
             "nameColour": colour_of_name,
             "names": [visible(n) for n in names],

@@ -38,7 +38,7 @@ def facts(data: ReportData) -> list[tuple[str, str, str]]:
         if value is not None and (value or key in ("files", "usable", "labelled")):
             facts.append((name, form(value), remark))
 
-    fact("files", "files")
+    fact("files", "rows read" if wording.units(modality)[0] == "row" else "files")
     fact("usable", wording.noun(modality))
     fact("quarantined", "set aside")
     labelled = summary.get("labelled")
@@ -333,6 +333,7 @@ def queue(
             {
                 "rank": row["rank"],
                 "name": visible(row["path"]),
+                "text": row.get("text"),
                 "cluster": visible(row["cluster"]) if row.get("cluster") is not None else wording.DASH,
                 "reason": visible(row.get("reason") or ""),
                 "media": media_of.get(str(row["path"])),

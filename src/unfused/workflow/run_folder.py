@@ -15,6 +15,21 @@ from typing import Any
 from unfused.data.files import read_json, write_csv, write_json
 from unfused.data.tables import label_of, read_table
 
+OWN_COLUMNS = (
+    "path",
+    "label",
+    "cluster",
+    "reason",
+)  # of `to_label.csv`; what stands beside them is the item itself
+
+
+def beside(shown: dict[str, str]) -> dict[str, str]:
+    """Cells of an item under names that do not collide with the columns of `to_label.csv`."""
+    return {
+        f"{name} (data)" if name.strip().lower() in OWN_COLUMNS else name: cell
+        for name, cell in shown.items()
+    }
+
 
 def fingerprint(value: Any) -> str:
     """A short hash of anything JSON can write; two equal settings give equal hashes."""
@@ -49,10 +64,14 @@ class RunFolder:
     the stages before it). A folder whose `done.json` carries the same key is reused; one without `done.json` was
     interrupted and is handed to `compute` again, which resumes from the checkpoints it finds there; one with another
     key is stale and is computed afresh.
+
+    `relocate(path, cells)` says what an item is called today that had this name, and these cells beside it, when somebody
+    was asked for its label.
     """
 
     path: Path
     on_stage: Callable[[str, bool], None] = lambda name, reused: None
+    relocate: Callable[[str, dict[str, str]], str] = lambda path, beside: path
     results: list[StageResult] = field(default_factory=list)
 
     def remove_leftovers(self) -> None:
@@ -95,16 +114,30 @@ class RunFolder:
     def collect_answers(self) -> dict[str, str]:
         """What a person has filled in into `to_label.csv`, now or before: path -> label.
 
-        Kept in `labels.csv` beside it before anything else happens, since `to_label.csv` is written anew.
+        Kept in `labels.csv` beside it before anything else happens, since `to_label.csv` is written anew. Rows of a table
+        are kept with their cells: `relocate` finds them again when rows above them have come or gone.
         """
         kept = self.path / "labels.csv"
         answers: dict[str, str] = {}
+        cells: dict[str, dict[str, str]] = {}
         for file in (kept, self.path / "to_label.csv"):
             if file.exists():
                 table = read_table(file)
-                for path, cell in zip(table.column("path"), table.column("label"), strict=True):
+                others = [
+                    i for i, name in enumerate(table.columns) if name.strip().lower() not in OWN_COLUMNS
+                ]
+                rows = zip(table.column("path"), table.column("label"), table.rows, strict=True)
+                for path, cell, row in rows:
                     if path and (label := label_of(cell)):
-                        answers[path] = label
+                        shown = {table.columns[i]: row[i] or "" for i in others}
+                        path = self.relocate(path, shown)
+                        answers[path], cells[path] = label, shown
         if answers:
-            write_csv(kept, ("path", "label"), sorted(answers.items()))
+            names = list(dict.fromkeys(name for shown in cells.values() for name in shown))
+            rest = {path: [shown.get(name, "") for name in names] for path, shown in cells.items()}
+            write_csv(
+                kept,
+                ("path", "label", *names),
+                [(path, label, *rest[path]) for path, label in sorted(answers.items())],
+            )
         return answers

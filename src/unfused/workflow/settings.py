@@ -22,6 +22,7 @@ METHODS = (
     "ceiling",
 )
 TEACHERS = ("contrastive", "decar", "delores-s", "delores-m", "slicer", "random")
+MODALITIES = ("auto", "audio", "image", "text", "table")
 NUMBERS = (
     "labels_per_class",
     "seed",
@@ -43,6 +44,8 @@ class Settings:
     name: str = "run"
     output: str = "runs"
     modality: str = "auto"
+    text_column: str | None = None
+    target: str | None = None
     method: tuple[str, ...] = ("unfused", "classic")
     teacher: str = "contrastive"
     clusters: str = "auto"
@@ -64,7 +67,7 @@ class Settings:
         self.method = tuple(dict.fromkeys(name for part in parts if (name := str(part).strip())))
         # YAML and Python callers may give numbers and paths: one spelling, one fingerprint
         self.clusters = str(self.clusters)
-        for name in ("labels", "test", "teacher", "output"):
+        for name in ("labels", "test", "teacher", "output", "text_column", "target"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, os.fspath(value) if isinstance(value, os.PathLike) else str(value))
         for name in ("inductive", "propagate"):
@@ -90,13 +93,15 @@ class Settings:
                 count = 0
             if count < 2:
                 raise ValueError(f"clusters={self.clusters!r}: give 'auto' or a number of at least 2")
-        if self.modality not in ("auto", "audio", "image"):
-            raise ValueError(f"modality={self.modality!r}: give 'auto', 'audio' or 'image'")
+        if self.modality not in MODALITIES:
+            raise ValueError(f"modality={self.modality!r}: give {', '.join(map(repr, MODALITIES))}")
         if not re.fullmatch(r"[\w .+=@-]+", self.name) or self.name.strip(". ") == "":
             raise ValueError(f"name={self.name!r}: letters, digits, '.', '_' and '-' make a folder's name")
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "method": list(self.method)}
+        """As in `config.yaml`; what only tables have is left out of it elsewhere."""
+        given = {k: v for k, v in asdict(self).items() if v is not None or k not in ("text_column", "target")}
+        return {**given, "method": list(self.method)}
 
     def write(self, path: Path) -> None:
         import yaml

@@ -31,7 +31,8 @@ def write_windows(modality: Modality, corpus: Corpus, pool: np.ndarray, folder: 
     return {"windows": len(inputs.clip), "normaliser": inputs.normaliser}
 
 
-def open_windows(folder: Path) -> Inputs:
+def open_windows(modality: Modality, pool: np.ndarray, folder: Path) -> Inputs:
+    modality.attach(folder, pool)
     values = np.load(folder / "inputs.npy", mmap_mode="c")  # copy-on-write: torch wants a writable array
     return Inputs(values, np.load(folder / "clip.npy"), read_json(folder / "done.json")["normaliser"])
 
@@ -102,6 +103,8 @@ def _external_features(bench: Bench, teacher: str) -> tuple[np.ndarray, int]:
     """Clip features of a transformers encoder; the files are decoded again, since it has a front end of its own."""
     from unfused.nn.encoders import load_teacher
 
+    if hasattr(bench.modality, "embed_with"):
+        return bench.modality.embed_with(teacher, bench.corpus)
     model = load_teacher(teacher)
     chunks = bench.waveforms(np.arange(len(bench.corpus)), model.sampling_rate)
     features = np.concatenate([model.embed_waveforms(chunk) for chunk in chunks])

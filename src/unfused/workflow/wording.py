@@ -39,6 +39,11 @@ def noun(modality: str) -> str:
     return _NOUNS.get(modality, ("file", "files"))[1]
 
 
+def units(modality: str) -> tuple[str, str]:
+    """What the source is made of, one and several: files, or the rows of a table."""
+    return ("row", "rows") if modality in ("text", "table") else ("file", "files")
+
+
 def natural(text: str) -> list[tuple[int, int, str]]:
     """Sort key under which "clip 9" comes before "clip 10".
 
@@ -160,6 +165,19 @@ def span(interval: Interval | None, digits: int = 3) -> str:
 def visible(text: object) -> str:
     """A name of anything, on one line: it can neither break the page nor turn its direction around."""
     return printable(str(text))
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def passage(text: str, most: int = 280) -> str:
+    """The beginning of a text on one line, without what would turn the page's direction around.
+
+    >>> passage("one\\n\\ttwo  three", 9)
+    'one two …'
+    """
+    line = " ".join(_CONTROL.sub(" ", text).split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 BOUNDS = {"ceiling": "trained on all true labels: a bound, not a method"}

@@ -78,6 +78,13 @@
     });
     let current = -1;
     let shown = everyone.map(() => true);
+    const passage = (i, tag, parent) => { // a text, or a row of a table: what is read instead of played
+      if (!points.text || !points.text[i]) return false;
+      const element = make(tag, points.text[i], parent);
+      element.className = "text";
+      element.dir = "auto";
+      return true;
+    };
     const nameOf = (index) => (index < 0 ? null : points.names[index]);
     const differs = (i) => points.label[i] >= 0 && points.predicted[i] >= 0 && points.label[i] !== points.predicted[i];
 
@@ -116,6 +123,7 @@
       if (i < 0) return;
       tip.replaceChildren();
       make("bdi", points.name[i], tip);
+      passage(i, "div", tip);
       const index = points.media[i];
       if (index >= 0 && !isSound(index)) make("img", null, tip).src = media[index];
       const words = [nameOf(points.label[i]), points.predicted[i] >= 0 && points.label[i] < 0 ? nameOf(points.predicted[i]) + "?" : null];
@@ -155,7 +163,7 @@
         const picture = make("img", null, holder);
         picture.alt = points.name[i];
         picture.src = media[index];
-      } else make("p", "no preview in this page", holder).className = "soft";
+      } else if (!passage(i, "p", holder)) make("p", "no preview in this page", holder).className = "soft";
       $("card-facts").replaceChildren();
       fact("label", nameOf(points.label[i]));
       fact("predicted", nameOf(points.predicted[i]), differs(i) ? "differs" : "");
