@@ -3,34 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import corpora
 import pytest
 
-TINY = "--width 4 --pretrain-steps 3 --distil-steps 3 --fine-tune-steps 3 --clusters 4".split()
-
-
-@pytest.fixture
-def unfused(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in `tmp_path`: exit code, standard output, standard error."""
-    from unfused.cli.main import main
-
-    monkeypatch.chdir(tmp_path)
-
-    def command(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["unfused", *map(str, words)])
-        try:
-            main()
-            code: object = 0
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        return int(code or 0), out, err  # type: ignore[call-overload]
-
-    return command
+TINY = corpora.TINY_WORDS
 
 
 @pytest.fixture

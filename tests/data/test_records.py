@@ -11,6 +11,7 @@ import pytest
 
 from unfused.data.files import Quarantine
 from unfused.data.records import Records, is_text, read_records
+from unfused.data.splits import hold_out
 
 
 def read(folder: Path, name: str, content: str | bytes) -> tuple[Records, dict[str, str]]:
@@ -180,6 +181,15 @@ def test_labels_in_another_file(tmp_path):
     numbered, _ = read(tmp_path, "n.csv", "body\na b\nc d\n")
     (tmp_path / "labels.csv").write_text("path,label\nrow 2,z\n")
     assert numbered.manifest(labels=str(tmp_path / "labels.csv"))[0].labels == [None, "z"]
+
+
+def test_held_out_by_a_list_of_ids(tmp_path):
+    records, _ = read(tmp_path, "n.csv", "body,label\na b,x\nc d,y\ne f,x\n")
+    (tmp_path / "test.csv").write_text("id\nrow 2\n")
+    (tmp_path / "test.txt").write_text("row 1\nrow 3\n")
+    manifest, _ = records.manifest()
+    assert hold_out(manifest, tmp_path / "test.csv").tolist() == [False, True, False]
+    assert hold_out(manifest, tmp_path / "test.txt").tolist() == [True, False, True]
 
 
 def test_messages_of_labels(tmp_path):

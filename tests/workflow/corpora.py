@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import killing
 import numpy as np
 import soundfile
 from PIL import Image
@@ -18,6 +21,7 @@ TINY: dict[str, Any] = dict(
     width=4, pretrain_steps=3, distil_steps=3, fine_tune_steps=3, clusters=4, method="unfused,classic"
 )
 
+TINY_WORDS = "--width 4 --pretrain-steps 3 --distil-steps 3 --fine-tune-steps 3 --clusters 4".split()
 IMPORTS = """torch._dynamo transformers.modelcard sklearn.manifold unfused.train.engine unfused.nn.text_encoder
     unfused.workflow.adapt unfused.workflow.products unfused.workflow.unlabelled unfused.pretrain.contrastive
     unfused.pretrain.unfused unfused.finetune.classic unfused.finetune.fine_tune unfused.nn.table_model""".split()
@@ -143,3 +147,54 @@ def write_rows(path: Path, count: int = 30, label: str | None = "species") -> li
         rows.append(row)
     write_labels(path, [list(row.values()) for row in rows], list(rows[0]))
     return rows
+
+
+def whole_run(source: str, folder: str, options: dict[str, Any], place: str = "", change: int = 0) -> None:
+    """A run in `folder/runs` with a checkpoint after each step; dead at a change of a file below `place` of its folder."""
+    import torch
+
+    from unfused import adapt
+    from unfused.train.engine import Engine
+
+    left = change
+
+    def changed(path: str) -> None:
+        nonlocal left
+        below = path.removeprefix(os.path.join(folder, "runs", Path(source).stem, ""))
+        if below.startswith((place, f".{place}")):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), 9)
+
+    if place:
+        killing.watch_changes(folder, changed)
+    torch.set_num_threads(1)
+    os.fsync = lambda descriptor: None  # what a killed process has written, the system keeps
+    Engine._save_is_due = lambda self, now, record: True  # type: ignore[method-assign]
+    adapt(source, output=os.path.join(folder, "runs"), **TINY | options)
+
+
+def assert_resumes(source: Path, folder: Path, options: dict[str, Any]) -> None:
+    """Dead at changes of files all through the run; in the end every bit is as if nothing had been."""
+    forks = killing.Forks(IMPORTS)
+    forks.run(whole_run, str(source), str(folder / "whole"), options, timeout=600)
+    generator = random.Random(0)
+    for place in ("stages/windows", "stages/pretrain", "stages/unfused", "model"):
+        assert forks.died(
+            whole_run,
+            str(source),
+            str(folder / "killed"),
+            options,
+            place,
+            generator.randint(1, 2),
+            timeout=600,
+        )
+    forks.run(whole_run, str(source), str(folder / "killed"), options, timeout=600)
+    whole, killed = (_outcome(folder / name / "runs" / source.stem) for name in ("whole", "killed"))
+    assert whole == killed and any(name.endswith("model.safetensors") for name in whole)
+
+
+def _outcome(run: Path) -> dict[str, Any]:
+    suffixes = (".safetensors", ".npy", "columns.json", "tokenizer.json", "pseudo_labels.csv")
+    files = sorted(path for path in run.rglob("*") if path.name.endswith(suffixes))
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in files} | {"metrics": results(run)}

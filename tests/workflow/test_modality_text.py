@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import corpora
-import killing
 import numpy as np
 import pytest
 
@@ -16,7 +14,6 @@ from unfused.data.records import read_records
 from unfused.workflow.modality_text import Text
 
 COLUMNS = dict(text_column="body", target="topic")
-KEPT = ("model.safetensors", "encoder.safetensors", "head.safetensors", "pseudo_labels.csv", "tokenizer.json")
 
 
 @pytest.fixture
@@ -343,53 +340,5 @@ def test_clusters_auto_and_the_literal_student(source, adapt_tiny):
 # --- kill and resume -------------------------------------------------------------------------------------
 
 
-def whole_run(source: str, folder: str) -> None:
-    import os
-
-    import torch
-
-    from unfused import adapt
-    from unfused.train.engine import Engine
-
-    torch.set_num_threads(1)
-    os.fsync = lambda descriptor: None
-    Engine._save_is_due = lambda self, now, record: True  # type: ignore[method-assign]
-    adapt(source, output=os.path.join(folder, "runs"), text_column="body", target="topic", **corpora.TINY)
-
-
-def outcome(folder: Path) -> dict[str, bytes]:
-    run = folder / "runs" / "texts"
-    files = sorted(p for p in run.rglob("*") if p.name in KEPT or p.suffix == ".npy")
-    return {p.relative_to(run).as_posix(): p.read_bytes() for p in files} | {
-        "metrics": json.dumps(corpora.results(run)).encode()
-    }
-
-
 def test_killed_and_resumed(source, tmp_path):
-    """Dead at changes of files all through the run; in the end every bit is as if nothing had been."""
-    forks = killing.Forks(corpora.IMPORTS)
-    forks.run(whole_run, str(source), str(tmp_path / "whole"), timeout=600)
-    generator, deaths = random.Random(0), 0
-    for place in ("stages/windows", "stages/pretrain", "stages/unfused", "model"):
-        deaths += forks.died(
-            dying_in, place, generator.randint(1, 2), str(source), str(tmp_path / "killed"), timeout=600
-        )
-    forks.run(whole_run, str(source), str(tmp_path / "killed"), timeout=600)
-    assert deaths == 4
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
-
-
-def dying_in(place: str, change: int, source: str, folder: str) -> None:
-    import os
-
-    left = change
-
-    def changed(path: str) -> None:
-        nonlocal left
-        if f"/texts/{place}" in path or f"/texts/.{place}" in path:
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), 9)
-
-    killing.watch_changes(folder, changed)
-    whole_run(source, folder)
+    corpora.assert_resumes(source, tmp_path, COLUMNS | dict(method="unfused"))

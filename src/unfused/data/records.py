@@ -114,6 +114,10 @@ class Records(Table):
                 )
             manifest.labels, found = _labels_from(labels, manifest)
             tables.append(found)
+            if own is not None:
+                manifest.notes.append(
+                    f"column {self.columns[own]!r} is not looked at: the labels are in {labels}"
+                )
         elif own is not None:
             manifest.labels = [label_of(row[own]) for row in self.rows]
             self._check_classes(self.columns[own], manifest.labels)

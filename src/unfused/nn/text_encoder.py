@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, nn
 from transformers import ModernBertConfig, ModernBertForSequenceClassification, PreTrainedTokenizerFast
 
-__all__ = ["PAD", "SPECIAL", "PretrainedTextEncoder", "TextEncoder", "cut_texts", "train_tokenizer"]
+__all__ = [
+    "PAD",
+    "SPECIAL",
+    "PretrainedTextEncoder",
+    "TextEncoder",
+    "count_tokens",
+    "cut_texts",
+    "num_windows",
+    "train_tokenizer",
+]
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(len(SPECIAL))
@@ -99,19 +108,33 @@ def cut_texts(
     ...  for row, ids in cut_texts(tokenizer, ["A", "a b c d e f g h i j"], length=14)]
     [(0, 'a'), (1, 'a b c d e f'), (1, 'e f g h i j')]
     """
-    inside, whole = length - 2, tokenizer.backend_tokenizer
+    for row, ids in enumerate(_tokenized(tokenizer, texts)):
+        over = max(0, len(ids) + 2 - length)
+        for place in np.linspace(0, over, num_windows(len(ids), length)).round().astype(int).tolist():
+            window = np.full(length, PAD, np.int32)
+            piece = ids[place : place + length - 2]
+            window[: len(piece) + 2] = [CLS, *piece, SEP]
+            yield row, window
+
+
+def num_windows(tokens: int, length: int) -> int:
+    """Windows of `length` that `cut_texts` makes of a text of so many tokens."""
+    inside = length - 2
+    return 1 + -(-max(0, tokens - inside) // max(1, inside - inside // 4))
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> np.ndarray:
+    """Tokens of each text, without marks: (n_texts,)."""
+    return np.fromiter((len(ids) for ids in _tokenized(tokenizer, texts)), np.int64, len(texts))
+
+
+def _tokenized(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Iterator[list[int]]:
+    whole = tokenizer.backend_tokenizer  # no warning about long texts, which are cut here
     whole.no_truncation()
     whole.no_padding()
     for start in range(0, len(texts), 1024):
-        encoded = whole.encode_batch(list(texts[start : start + 1024]), add_special_tokens=False)
-        for row, ids in enumerate((one.ids for one in encoded), start):
-            over = max(0, len(ids) - inside)
-            windows = 1 + -(-over // max(1, inside - inside // 4))
-            for place in np.linspace(0, over, windows).round().astype(int).tolist():
-                window = np.full(length, PAD, np.int32)
-                piece = ids[place : place + inside]
-                window[: len(piece) + 2] = [CLS, *piece, SEP]
-                yield row, window
+        for one in whole.encode_batch(list(texts[start : start + 1024]), add_special_tokens=False):
+            yield one.ids
 
 
 class TextEncoder(nn.Module):

@@ -46,7 +46,7 @@ class Rows:
     def settings(self) -> dict[str, Any]:
         return {
             "modality": self.name,
-            "width": self.width,
+            "encoder": f"3 layers of {8 * self.width}",
             "columns": [self.records.columns[index] for index in self.columns],
             "augment": CORRUPTION,
         }

@@ -47,7 +47,7 @@ class Text:
 
         return {
             "modality": self.name,
-            "width": self.width,
+            "encoder": f"ModernBERT, 2 layers of {4 * self.width}",
             "tokens": [VOCABULARY, LONGEST, tokenizers.__version__],
             "augment": "leave out 0.15, mask 0.05",
         }
@@ -83,23 +83,20 @@ class Text:
 
     def inputs(self, corpus: Corpus, pool: np.ndarray, folder: Path) -> Inputs:
         """Train a tokenizer on the pool, and cut every text into windows of its tokens."""
-        from unfused.nn.text_encoder import cut_texts, train_tokenizer
+        from unfused.nn.text_encoder import count_tokens, cut_texts, num_windows, train_tokenizer
 
         tokenizer = train_tokenizer(
             (text for text, inside in zip(corpus.raw, pool, strict=True) if inside), VOCABULARY, LONGEST
         )
         tokenizer.save_pretrained(folder / "tokenizer")
-        sizes = [len(one.ids) for one in _encoded(tokenizer, corpus.raw)]
-        length = int(min(LONGEST, max(8, max(sizes) + 2)))
-        clip, rows = [], []
-        for row, ids in cut_texts(tokenizer, corpus.raw, length):
-            clip.append(row)
-            rows.append(ids)
-        values = _new_array(folder / "inputs.npy", (len(rows), length), np.int32)
-        for index, ids in enumerate(rows):
+        sizes = count_tokens(tokenizer, corpus.raw)
+        length = int(min(LONGEST, max(8, sizes.max() + 2)))
+        clip = np.repeat(np.arange(len(sizes)), [num_windows(int(size), length) for size in sizes])
+        values = _new_array(folder / "inputs.npy", (len(clip), length), np.int32)
+        for index, (_, ids) in enumerate(cut_texts(tokenizer, corpus.raw, length)):
             values[index] = ids
         values.flush()  # type: ignore[attr-defined]
-        return Inputs(values, np.array(clip), {"length": length, "vocabulary": len(tokenizer)})
+        return Inputs(values, clip, {"length": length, "vocabulary": len(tokenizer)})
 
     def attach(self, folder: Path, pool: np.ndarray) -> None:
         from transformers import AutoTokenizer
@@ -182,7 +179,3 @@ def _tower(teacher: str) -> Any:
         return frozen.load(frozen.describe(teacher), "text")
     except ValueError as error:
         raise ValueError(str(error).replace("model=", "teacher=", 1)) from error
-
-
-def _encoded(tokenizer: Any, texts: Any) -> list[Any]:
-    return tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)

@@ -228,7 +228,7 @@ def paired_sentence(pair: Mapping[str, Any], draws: int | None = None) -> str:
 
 def pool_sentences(pool: str, modality: str) -> tuple[str, str]:
     """What was in the unlabelled pool, and what question the accuracies therefore answer."""
-    things = noun(modality)
+    things, place = noun(modality), "table" if units(modality)[0] == "row" else "folder"
     if pool == "inductive":
         return (
             f"Inductive: the held-out {things} were kept out of the unlabelled pool; nothing was trained on "
@@ -236,9 +236,9 @@ def pool_sentences(pool: str, modality: str) -> tuple[str, str]:
             f"The accuracies say how well the model does on {things} it has never met.",
         )
     return (
-        f"Transductive: all {things} of the folder were in the unlabelled pool, the held-out ones too, "
+        f"Transductive: all {things} of the {place} were in the unlabelled pool, the held-out ones too, "
         "but never with their labels.",
-        f"The accuracies say how well this folder's own {things} are labelled; on {things} from elsewhere "
+        f"The accuracies say how well this {place}'s own {things} are labelled; on {things} from elsewhere "
         "expect less (--inductive measures that).",
     )
 
