@@ -272,7 +272,11 @@ def rows() -> dict[str, Row]:
             "medical pictures, half a per cent of weights",
         ),
         "Telly, bottom half frozen": Row(
-            tuning.Arm(telly, fine), "telly", "nothing added", "fine-tuning is wanted, its time is not"
+            tuning.Arm(telly, fine),
+            "telly",
+            "nothing added",
+            "fine-tuning is wanted, its time is not",
+            "telly/Telly, K = 6",
         ),
     }
 
