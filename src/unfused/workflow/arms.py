@@ -261,7 +261,8 @@ def graph_views(bench: Bench, pool: np.ndarray) -> dict[str, np.ndarray]:
     """Unit-length vectors for the neighbour graph, per source of features; the groups' own means and scales removed."""
     if "views" not in bench.cache:
         groups = None if bench.groups is None else bench.groups[pool]
-        views = {"classic": _unit(bench.classic_features[pool], groups)}
+        alike = getattr(bench.modality, "classic_on_one_scale", False)
+        views = {"classic": _unit(bench.classic_features[pool], groups, alike)}
         if bench.features is not None:
             views["teacher"] = _unit(bench.features[pool], groups)
             views["both"] = np.hstack([views["classic"], views["teacher"]]) / np.sqrt(2)
@@ -269,13 +270,20 @@ def graph_views(bench: Bench, pool: np.ndarray) -> dict[str, np.ndarray]:
     return bench.cache["views"]
 
 
-def _unit(features: np.ndarray, groups: np.ndarray | None, components: int = 64) -> np.ndarray:
+def _unit(
+    features: np.ndarray, groups: np.ndarray | None, on_one_scale: bool = False, components: int = 64
+) -> np.ndarray:
+    """Standardised (or, where all dimensions share a scale, centred) within each group, 64 components, unit length."""
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import normalize
 
     from unfused.nn.kmeans import standardize_groups
 
-    x = standardize_groups(np.asarray(features, np.float32), groups)
+    x = np.asarray(features, np.float32)
+    if not on_one_scale:
+        x = standardize_groups(x, groups)
+    elif groups is not None:
+        x = standardize_groups(x, groups) * x.std(0)
     components = min(components, *x.shape)
     return normalize(PCA(components, svd_solver="randomized", random_state=0).fit_transform(x)).astype(
         np.float32

@@ -34,6 +34,9 @@ class Text:
 
     name = "text"
     task = "text-classification"
+    # Of the directions of TF-IDF the first weigh most, and must: standardised, the labels of 20 intents of Banking77 spread
+    # with .65 right instead of .74 (5 labels each; 20 each: .77 instead of .83).
+    classic_on_one_scale = True
 
     def __init__(self, records: Records, column: str, width: int = 32) -> None:
         self.records, self.column, self.width = records, column, width
