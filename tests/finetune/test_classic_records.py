@@ -113,6 +113,10 @@ def test_one_label_a_class_and_many_columns():
     assert ClassicTable().fit(x, [0, 1]).predict(x).tolist() == [0, 1]
     wide = np.random.default_rng(0).normal(size=(12, 2500))
     assert set(ClassicTable().fit(wide, np.arange(12) % 2).losses_) == {"logistic regression"}
+    few = table(40)  # too few for folds to tell regression from trees, unless trees are asked for
+    assert set(ClassicTable().fit(few, np.arange(40) % 2).losses_) == {"logistic regression"}
+    trees = ClassicTable(representation="gradient boosting").fit(few, np.arange(40) % 2)
+    assert trees.predict(few).shape == (40,)
     with pytest.raises(ValueError, match="one class only"):
         ClassicTable().fit(x, [0, 0])
     with pytest.raises(ValueError, match=r"X of shape \(2, 3\) with 3 labels"):

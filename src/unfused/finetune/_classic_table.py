@@ -15,6 +15,9 @@ __all__ = ["ClassicTable"]
 
 LOGISTIC, BOOSTING = "logistic regression", "gradient boosting"
 MOST_COLUMNS = 2000  # beyond, trees take minutes and find no more
+LEAST_ROWS = (
+    50  # of fewer, folds cannot tell which is better: on 5 draws of 15 wines the choice gave .87 for .96
+)
 ITERATIONS = 100
 
 
@@ -26,7 +29,8 @@ class ClassicTable(ClassifierMixin, BaseEstimator):
     names : sequence of int, default=()
         Columns that hold codes of names (whole numbers from 0 to 254); the others hold numbers, NaN where missing.
     representation : {"auto", "logistic regression", "gradient boosting"}, default="auto"
-        "auto" takes the one with the lower cross-validated log loss. Trees are left out beyond 2,000 columns.
+        "auto" takes the one with the lower cross-validated log loss. Trees are left out below 50 rows and beyond 2,000
+        columns.
     seed : int, default=0
         Of the folds and the trees.
 
@@ -74,7 +78,7 @@ class ClassicTable(ClassifierMixin, BaseEstimator):
                 f"representation={self.representation!r}: choose 'auto', {LOGISTIC!r} or {BOOSTING!r}"
             )
         wanted = (LOGISTIC, BOOSTING) if self.representation == "auto" else (self.representation,)
-        if self.representation == "auto" and x.shape[1] > MOST_COLUMNS:
+        if self.representation == "auto" and (x.shape[1] > MOST_COLUMNS or len(x) < LEAST_ROWS):
             wanted = (LOGISTIC,)
         self.losses_, made = {}, {}
         if LOGISTIC in wanted:
