@@ -191,8 +191,8 @@ def test_spoilt_texts(tmp_path, adapt_tiny):
         "row 29": "an empty text",
         "row 30": "an empty row",
         "row 31": "no text: 'NaN'",
-        "row 32": "the same text as row 1",
-        "row 33": "the same text as row 2, which is labelled 'cats' and not 'food'",
+        "row 32": "a copy of another text: row 1",
+        "row 33": "a copy of another text: row 2, which is labelled 'cats' and not 'food'",
         "row 34": "bytes that are not UTF-8 in column 'body'",
         "row 35": "3 cells, but the header has 2: put quotes around what contains the separator",
     }
@@ -208,7 +208,7 @@ def test_of_copies_a_labelled_one_stays(tmp_path):
     records, quarantine = read_records(tmp_path / "t.csv", Quarantine()), Quarantine()
     corpus = Text(records, "body").read(records.manifest()[0], tmp_path, quarantine)
     assert corpus.manifest.paths == ["row 2", "row 3"] and quarantine.rows == [
-        ("row 1", "the same text as row 2")
+        ("row 1", "a copy of another text: row 2")
     ]
 
 

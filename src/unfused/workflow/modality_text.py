@@ -72,7 +72,7 @@ class Text:
             elif kept != row:
                 a, b = manifest.labels[row], manifest.labels[kept]
                 unlike = f", which is labelled {b!r} and not {a!r}" if a is not None and a != b else ""
-                quarantine.add(manifest.paths[row], f"the same text as {manifest.paths[kept]}{unlike}")
+                quarantine.add(manifest.paths[row], f"a copy of another text: {manifest.paths[kept]}{unlike}")
             else:
                 usable[row] = True
         if progress is not None:
