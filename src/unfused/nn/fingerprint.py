@@ -33,5 +33,5 @@ def fingerprint(model: nn.Module, keep: Callable[[str], bool] = lambda name: Tru
         if keep(name) and isinstance(tensor, torch.Tensor):
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             plain = tensor.detach().cpu().contiguous().flatten()
-            total.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+            total.update(plain.view(torch.uint8).numpy().data)
     return total.hexdigest()

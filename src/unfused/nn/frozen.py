@@ -29,7 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unfused.data.files import digest
 from unfused.nn.encoders import AUDIO_PART, TransformersAudioEncoder, _evaluating, load_teacher
+from unfused.nn.fingerprint import fingerprint
 
 __all__ = ["MODALITIES", "POOLINGS", "Frozen", "Source", "describe", "load"]
 
@@ -125,12 +127,10 @@ def _describe_path(source: str | os.PathLike[str], processor: Any) -> Source:
         raise ValueError(f"model={name!r}: there is no such folder")
     else:
         where = name
-    fingerprint = _fingerprint(where)
+    content = _fingerprint(where)
     sentence = _sentence_modules(where)
     if sentence is not None:
-        return Source(
-            ("text",), fingerprint, repr(name), where, processors=_parts(processor), sentence=sentence
-        )
+        return Source(("text",), content, repr(name), where, processors=_parts(processor), sentence=sentence)
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         found_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else _by_name(config)
@@ -138,7 +138,7 @@ def _describe_path(source: str | os.PathLike[str], processor: Any) -> Source:
         raise ValueError(f"model={name!r}: {_first_line(error)}") from error
     model_class = found_class[0] if isinstance(found_class, tuple) else found_class
     modalities = _modalities(model_class, repr(name))
-    return Source(modalities, fingerprint, repr(name), where, processors=_parts(processor))
+    return Source(modalities, content, repr(name), where, processors=_parts(processor))
 
 
 def _by_name(config: Any) -> Any:
@@ -271,12 +271,7 @@ def _file_digest(path: Path) -> str:
     status = path.stat()
     here = (str(path), status.st_size, status.st_mtime_ns)
     if here not in _DIGESTS:
-        with open(path, "rb") as file:
-            _DIGESTS[here] = (
-                hashlib.file_digest(file, "blake2b").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else hashlib.blake2b(file.read()).hexdigest()
-            )
+        _DIGESTS[here] = digest(path)
     return _DIGESTS[here]
 
 
@@ -287,9 +282,7 @@ def _digest_of(model: Any, processors: Sequence[Any]) -> str:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         total.update(config.to_json_string().encode())
-    for name, tensor in model.state_dict().items():
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    total.update(fingerprint(model).encode())
     for part in processors:
         total.update(_describe_processor(part).encode())
     return total.hexdigest()
