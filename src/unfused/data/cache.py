@@ -185,12 +185,21 @@ class FeatureCache:
             If the folder cannot be written to.
         """
         names = [os.path.abspath(path) for path in paths]
+        return self._filled(
+            lambda index, threads: _Fill(self, index, threads, names, decode, compute, measure, progress),
+            workers,
+        )
+
+    def _filled(
+        self, fill: Callable[[sqlite3.Connection, ThreadPoolExecutor], _Fill], workers: int | None
+    ) -> CachedItems:
+        """Run what `fill` makes; a second time where the index turns out to be broken."""
 
         def attempt() -> CachedItems:
             threads = ThreadPoolExecutor(workers or _processors())
             with closing(self._open_index()) as index, threads:
                 try:
-                    return _Fill(self, index, threads, names, decode, compute, measure, progress).run()
+                    return fill(index, threads).run()
                 finally:
                     threads.shutdown(cancel_futures=True)
 
@@ -380,16 +389,8 @@ class _Fill:
             yield chunk
 
     def _start_jobs(self, positions: list[int]) -> list[_Job]:
-        """Hash the files, fill what the index knows by content, and have the rest decoded."""
-        by_digest: dict[bytes, list[int]] = {}
-        results = self.threads.map(_identify, [self.paths[position] for position in positions])
-        for position, result in zip(positions, results, strict=True):
-            if isinstance(result, BadFile):
-                self.reasons[position] = result.reason
-                self._advance(1)
-            else:
-                content, self.stats[position] = result
-                by_digest.setdefault(content, []).append(position)
+        """Fill what the index knows by content, and have the rest decoded."""
+        by_digest = self._by_content(positions)
         known = self._look_up_digests(list(by_digest))
         renamed = {content: by_digest.pop(content) for content in known}
         for content, same in renamed.items():
@@ -399,11 +400,23 @@ class _Fill:
             with _transaction(self.index):
                 self._remember_files(renamed)
             self._advance(sum(map(len, renamed.values())))
-        jobs = []
-        for content, same in by_digest.items():
-            path, status = self.paths[same[0]], self.stats[same[0]]
-            jobs.append(_Job(content, same, self.threads.submit(_decode, self.decode, path, status)))
-        return jobs
+        return [_Job(content, same, self._submit(same[0])) for content, same in by_digest.items()]
+
+    def _by_content(self, positions: list[int]) -> dict[bytes, list[int]]:
+        """Hash the files: digest -> the positions that have it."""
+        by_digest: dict[bytes, list[int]] = {}
+        results = self.threads.map(_identify, [self.paths[position] for position in positions])
+        for position, result in zip(positions, results, strict=True):
+            if isinstance(result, BadFile):
+                self.reasons[position] = result.reason
+                self._advance(1)
+            else:
+                content, self.stats[position] = result
+                by_digest.setdefault(content, []).append(position)
+        return by_digest
+
+    def _submit(self, position: int) -> Future:
+        return self.threads.submit(_decode, self.decode, self.paths[position], self.stats[position])
 
     def _look_up_digests(self, digests: list[bytes]) -> dict[bytes, tuple[Any, ...]]:
         marks = ",".join("?" * len(digests))

@@ -7,22 +7,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from unfused.data.cache import (
-    CachedItems,
-    FeatureCache,
-    _Fill,
-    _is_corrupt,
-    _Job,
-    _plain_sqlite_errors,
-    _processors,
-)
-from unfused.data.files import BadFile, disk_errors
+from unfused.data.cache import CachedItems, FeatureCache, _Fill
+from unfused.data.files import BadFile
 
 __all__ = ["ObjectCache", "stack"]
 
@@ -65,24 +56,12 @@ class ObjectCache(FeatureCache):
             As in `FeatureCache.get`; what else than `BadFile` `decode` raises goes through.
         """
 
-        def attempt() -> CachedItems:
-            threads = ThreadPoolExecutor(workers or _processors())
-            with closing(self._open_index()) as index, threads:
-                fill = _FillObjects(self, index, threads, objects, decode, compute, None, progress)  # type: ignore[arg-type]
-                fill.digest = digest
-                try:
-                    return fill.run()
-                finally:
-                    threads.shutdown(cancel_futures=True)
+        def fill(index: sqlite3.Connection, threads: ThreadPoolExecutor) -> _Fill:
+            found = _FillObjects(self, index, threads, objects, decode, compute, None, progress)  # type: ignore[arg-type]
+            found.digest = digest
+            return found
 
-        with disk_errors(self.folder), _plain_sqlite_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                return attempt()
-            except sqlite3.DatabaseError as error:
-                if not (_is_corrupt(error) or "disk I/O error" in str(error)):
-                    raise
-                return attempt()
+        return self._filled(fill, workers)
 
 
 class _FillObjects(_Fill):
@@ -94,20 +73,14 @@ class _FillObjects(_Fill):
     def _remember_files(self, contents: Any) -> None:
         """There are none."""
 
-    def _start_jobs(self, positions: list[int]) -> list[_Job]:
+    def _by_content(self, positions: list[int]) -> dict[bytes, list[int]]:
         by_digest: dict[bytes, list[int]] = {}
         for position in positions:
             by_digest.setdefault(self.digest(self.paths[position]), []).append(position)
-        known = self._look_up_digests(list(by_digest))
-        for content, item in known.items():
-            same = by_digest.pop(content)
-            for position in same:
-                self._fill(position, *item)
-            self._advance(len(same))
-        return [
-            _Job(content, same, self.threads.submit(_decode, self.decode, self.paths[same[0]]))
-            for content, same in by_digest.items()
-        ]
+        return by_digest
+
+    def _submit(self, position: int) -> Future:
+        return self.threads.submit(_decode, self.decode, self.paths[position])
 
 
 def _decode(decode: Callable[[Any], Any], item: Any) -> Any:
