@@ -16,8 +16,11 @@ import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+from unfused._import_hook import when_imported
 
 __all__ = ["install_hook", "register"]
 
@@ -47,11 +50,13 @@ def install_hook() -> None:
     >>> AutoConfig.for_model("unfused-audio", width=32).width
     32
     """
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    if not any(isinstance(finder, _Aliases) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Aliases())
+        for name in TABLES:
+            when_imported(name, partial(_fill, name))
     for name in TABLES:
         if name in sys.modules:
-            _fill_tables(sys.modules[name])
+            _fill(name)
 
 
 def register() -> None:
@@ -61,8 +66,9 @@ def register() -> None:
         importlib.import_module(name)
 
 
-def _fill_tables(module: ModuleType) -> None:
-    for table, classes in TABLES[module.__name__].items():
+def _fill(name: str) -> None:
+    module = sys.modules[name]
+    for table, classes in TABLES[name].items():
         mapping = getattr(module, table, None)
         if mapping is None:  # the module is only half executed, and comes here again when it is done
             return
@@ -72,27 +78,13 @@ def _fill_tables(module: ModuleType) -> None:
                 mapping._reverse_config_mapping[CONFIGS[model_type]] = model_type
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of `TABLES` where the other finders do, fills them once they have run, and finds `ALIASES`."""
+class _Aliases(importlib.abc.MetaPathFinder):
+    """Finds the modules of `ALIASES`."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name in ALIASES:
-            return importlib.util.spec_from_loader(name, _AliasLoader())
-        if name not in TABLES:
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _fill_tables(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this instance, for one module
-        return spec
+        return importlib.util.spec_from_loader(name, _AliasLoader()) if name in ALIASES else None
 
 
 class _AliasLoader(importlib.abc.Loader):
