@@ -7,12 +7,12 @@ is "True". `Asker` calls it one by one or in batches and turns whatever goes wro
 from __future__ import annotations
 
 import os
-import queue
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from unfused.nn.time_limit import in_thread
 
 __all__ = ["Asker", "Question", "TransformersVerifier"]
 
@@ -69,7 +69,11 @@ class Asker:
         if self.stopped:
             return nothing, np.zeros(len(questions), bool)
         try:
-            found, reason = _within(self.timeout, lambda: self._call(questions)), ""
+            if self.timeout is None:
+                found = self._call(questions)
+            else:
+                found = in_thread(lambda: self._call(questions), self.timeout)
+            reason = ""
         except Exception as error:  # whatever it raises costs this answer, not the run
             first_line = (str(error).strip() or "no message").splitlines()[0]
             found, reason = nothing, f"{type(error).__name__}: {first_line}"
@@ -106,28 +110,6 @@ class Asker:
         if len(values) != len(questions):
             raise ValueError(f"it returned {len(values)} numbers for {len(questions)} questions")
         return values
-
-
-def _within(seconds: float | None, call: Callable[[], Any]) -> Any:
-    if seconds is None:
-        return call()
-    box: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            box.put((call(), None))
-        except Exception as error:  # raised where the answer is waited for
-            box.put((None, error))
-
-    # A daemon: a call that hangs for good must not keep the program from ending.
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        value, error = box.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return value
 
 
 class TransformersVerifier:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
+
+from unfused.nn.time_limit import in_thread
 
 __all__ = ["BlackBox"]
 
@@ -130,23 +131,7 @@ def _within(seconds: float | None, function: Callable[[list[Any]], Any], queries
 
     if seconds is None and not _in_a_loop():
         return call()
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.append((call(), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)  # a call that never ends must not keep the process
-    thread.start()
-    thread.join(None if seconds is None else seconds + 0.05)
-    if not outcome:
-        raise TimeoutError(f"no answer within {seconds} s")
-    answer, error = outcome[0]
-    if error is not None:
-        raise error
-    return answer
+    return in_thread(call, seconds, grace=0.05)
 
 
 def _in_a_loop() -> bool:
