@@ -23,6 +23,7 @@ __all__ = [
     "DiskFull",
     "Quarantine",
     "atomic_write",
+    "cache_root",
     "check_file",
     "digest",
     "disk_errors",
@@ -168,6 +169,11 @@ class _UnixLines:
 
     def write(self, row: str) -> int:
         return self.file.write(row.removesuffix("\r\n") + "\n")
+
+
+def cache_root() -> Path:
+    """Where features and the lab's units are kept: `$UNFUSED_CACHE`, or `~/.cache/unfused`."""
+    return Path(os.environ.get("UNFUSED_CACHE") or Path.home() / ".cache" / "unfused")
 
 
 def digest(path: str | os.PathLike[str]) -> str:

@@ -10,14 +10,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
-from unfused.data.files import BadFile, printable
+from unfused.data.files import BadFile, cache_root, printable
 from unfused.data.object_cache import ObjectCache, stack
+from unfused.nn.zero_shot import unit_rows
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -212,9 +212,9 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
                 raise ValueError(f"templates={chosen!r}: each needs a {{}} where the name goes")
             sentences = [[template.replace("{}", name) for template in chosen] for name in names]
         texts = [text for each in sentences for text in each]
-        rows = _unit(self._encode(texts, source, "text", None, batch_size))
+        rows = unit_rows(self._encode(texts, source, "text", None, batch_size))
         first = np.cumsum([0, *map(len, sentences[:-1])])
-        return _unit(np.add.reduceat(rows, first, axis=0))
+        return unit_rows(np.add.reduceat(rows, first, axis=0))
 
     @property
     def logit_scale(self) -> float:
@@ -293,7 +293,7 @@ class FrozenEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             self._complain(items, reasons, on_error)
         if not rows.shape[1]:  # nothing could be read, so nothing says how many features there are
             rows = np.full((len(items), self._width(source, modality)), np.nan, np.float32)
-        return _unit(rows) if self.normalize else rows
+        return unit_rows(rows) if self.normalize else rows
 
     def _width(self, source: Source, modality: str) -> int:
         probe: Any = "a"
@@ -383,7 +383,7 @@ class _Work:
         if folder is None:
             return self._uncached(items, read, progress)
         if folder == "auto":
-            folder = Path(os.environ.get("UNFUSED_CACHE") or Path.home() / ".cache" / "unfused") / "features"
+            folder = cache_root() / "features"
         cache = ObjectCache(folder, self.key, shape=(-1,))
         how: dict[str, Any] = {"workers": self.encoder.workers, "progress": progress}
         try:
@@ -443,7 +443,9 @@ class _Work:
     def read_path(self, path: str | os.PathLike[str]) -> Any:
         """Raises BadFile."""
         if self.modality == "image":
-            return self.tower.prepare(_open(path))
+            from unfused.data.images import open_rgb
+
+            return self.tower.prepare(open_rgb(path))
         from unfused.data.audio import decode
 
         return self.tower.prepare(decode(path, self.tower.sampling_rate))
@@ -516,25 +518,6 @@ def _items(X: Any, modality: str) -> list[Any]:
     return list(X)
 
 
-def _open(path: str | os.PathLike[str]) -> Image.Image:
-    """A picture file as RGB, whole, turned as the camera noted."""
-    from PIL import Image, ImageOps
-
-    from unfused.data.files import check_file
-    from unfused.data.images import _reason, _rgb
-
-    check_file(path)
-    try:
-        with Image.open(path) as image:
-            return _rgb(ImageOps.exif_transpose(image))
-    except BadFile:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadFile("too many pixels, or a decompression bomb") from error
-    except Exception as error:  # Pillow's plugins raise nearly anything
-        raise BadFile(_reason(path, error)) from error
-
-
 def _picture(item: Any) -> Image.Image:
     """A picture in memory as an RGB image of PIL."""
     from PIL import Image, ImageOps
@@ -586,12 +569,6 @@ def _waveform(item: Any, rate: int | None) -> tuple[np.ndarray, int | None]:
     if not np.isfinite(waveform).all():
         raise BadFile("NaN or infinite samples")
     return waveform, rate
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    """Rows of length 1; a row of zeros stays."""
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length > 0, length, 1)
 
 
 @contextmanager

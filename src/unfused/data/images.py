@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unfused.data.files import BadFile, check_file, kind_of
 
-__all__ = ["IMAGE_EXTENSIONS", "decode_image", "encode_thumbnail"]
+__all__ = ["IMAGE_EXTENSIONS", "decode_image", "encode_thumbnail", "open_rgb"]
 
 # The last three cannot be read, but a folder that holds them should say so rather than look empty.
 IMAGE_EXTENSIONS = frozenset(
@@ -54,11 +54,29 @@ def decode_image(path: str | os.PathLike[str], size: int = 96) -> np.ndarray:
 
 
 def _open_square(path: str | os.PathLike[str], size: int) -> Image.Image:
+    return ImageOps.fit(open_rgb(path, 2 * size), (size, size), Image.Resampling.BICUBIC)
+
+
+def open_rgb(path: str | os.PathLike[str], least: int | None = None) -> Image.Image:
+    """Read a picture as RGB, whole, by the rules of `decode_image`.
+
+    Parameters
+    ----------
+    path : path
+    least : int, optional
+        A JPEG may come at a half, a quarter or an eighth of its size where both sides keep so many pixels.
+
+    Raises
+    ------
+    BadFile
+        As `decode_image` does.
+    """
     check_file(path)
     try:
         with Image.open(path) as image:
-            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at a half, quarter or eighth where enough
-            return ImageOps.fit(_rgb(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.BICUBIC)
+            if least is not None:
+                image.draft("RGB", (least, least))
+            return _rgb(ImageOps.exif_transpose(image))
     except BadFile:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

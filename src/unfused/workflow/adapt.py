@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from unfused.data.files import Quarantine, digest, printable, read_json
+from unfused.data.files import Quarantine, cache_root, digest, printable, read_json
 from unfused.data.manifest import Manifest
 from unfused.workflow.arms import Bench, Draw, Outcome
 from unfused.workflow.modality import Corpus, Inputs, Modality
@@ -290,7 +290,7 @@ def _read(
     from unfused.workflow.wording import units
 
     modality, manifest = open_source(settings, quarantine, path / "hub")
-    folder = Path(cache or os.environ.get("UNFUSED_CACHE") or Path.home() / ".cache" / "unfused")
+    folder = Path(cache) if cache else cache_root()
     corpus = modality.read(
         manifest, folder / "features", quarantine, console.task("read", len(manifest.paths))
     )
@@ -451,7 +451,7 @@ def _prepare(
         "windows", base, lambda folder: unlabelled.write_windows(modality, corpus, pool, folder)
     )
     inputs: Inputs = unlabelled.open_windows(modality, pool, window_stage.folder)
-    for note in getattr(modality, "notes", ()):
+    for note in modality.notes:
         console.say(f"  {note}")
     steps = _steps(settings, int(pool[inputs.clip].sum()))
     bench = Bench(
