@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.pipeline import make_pipeline
 from sklearn.utils.validation import check_is_fitted
 
-from unfused.finetune._logistic import choose_penalty, folds_of, logistic, losses_of
+from unfused.finetune._logistic import check_classes, choose_penalty, folds_of, logistic, losses_of, lowest
 
 __all__ = ["ClassicTable"]
 
@@ -71,8 +72,7 @@ class ClassicTable(ClassifierMixin, BaseEstimator):
         x, y = np.asarray(X, np.float64), np.asarray(y)
         if x.ndim != 2 or len(x) != len(y):
             raise ValueError(f"X of shape {x.shape} with {len(y)} labels: give (n, columns) and n labels")
-        if len(np.unique(y)) < 2:
-            raise ValueError("labels have one class only: at least 2 are needed")
+        check_classes(y)
         if self.representation not in ("auto", LOGISTIC, BOOSTING):
             raise ValueError(
                 f"representation={self.representation!r}: choose 'auto', {LOGISTIC!r} or {BOOSTING!r}"
@@ -84,7 +84,7 @@ class ClassicTable(ClassifierMixin, BaseEstimator):
         if LOGISTIC in wanted:
             vector = self._vectorizer(x.shape[1])
             penalty, self.losses_[LOGISTIC] = choose_penalty(vector.fit_transform(x), y, groups, self.seed)
-            made[LOGISTIC] = lambda: _on(vector, logistic(penalty)).fit(x, y)
+            made[LOGISTIC] = lambda: make_pipeline(vector, logistic(penalty)).fit(x, y)
         if BOOSTING in wanted:
             count, self.losses_[BOOSTING] = self._choose_iterations(x, y, groups)
             made[BOOSTING] = lambda: self._trees(len(x), count).fit(x, y)
@@ -133,13 +133,5 @@ class ClassicTable(ClassifierMixin, BaseEstimator):
             trees = self._trees(len(train), ITERATIONS).fit(x[train], y[train])
             stages = trees.staged_predict_proba(x[test])
             losses.append(np.stack([losses_of(stage, trees.classes_, y[test]) for stage in stages], 1))
-        if not losses:
-            return ITERATIONS, float("inf")
-        mean = np.concatenate(losses).mean(0)
-        return int(mean.argmin()) + 1, float(mean.min())
-
-
-def _on(vector: Any, model: Any) -> Any:
-    from sklearn.pipeline import make_pipeline
-
-    return make_pipeline(vector, model)
+        best, loss = lowest(losses)
+        return (ITERATIONS if best is None else best + 1), loss

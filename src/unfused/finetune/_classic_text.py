@@ -10,7 +10,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.validation import check_is_fitted
 
-from unfused.finetune._logistic import folds_of, losses_of
+from unfused.finetune._logistic import check_classes, folds_of, losses_of, lowest
 
 __all__ = ["ClassicText", "tf_idf"]
 
@@ -97,8 +97,7 @@ class ClassicText(ClassifierMixin, BaseEstimator):
         texts, y = list(X), np.asarray(y)
         if len(texts) != len(y):
             raise ValueError(f"X has {len(texts)} texts for {len(y)} labels")
-        if len(np.unique(y)) < 2:
-            raise ValueError("labels have one class only: at least 2 are needed")
+        check_classes(y)
         if self.representation not in ("auto", *REPRESENTATIONS):
             raise ValueError(
                 f"representation={self.representation!r}: choose 'auto' or one of {', '.join(REPRESENTATIONS)}"
@@ -159,8 +158,6 @@ def _choose(
     x: np.ndarray, y: np.ndarray, folds: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[float, float]:
     """The C with the lowest cross-validated log loss, and that loss."""
-    if not folds:
-        return DEFAULT_C, float("inf")
     if len(x) > MANY:
         x, folds = x[:, :LEADING], folds[:2]
     losses = []
@@ -171,5 +168,5 @@ def _choose(
             model.set_params(C=C).fit(x[train], y[train])
             columns.append(losses_of(model.predict_proba(x[test]), model.classes_, y[test]))
         losses.append(np.stack(columns, 1))
-    mean = np.concatenate(losses).mean(0)
-    return PENALTIES[int(mean.argmin())], float(mean.min())
+    best, loss = lowest(losses)
+    return (DEFAULT_C if best is None else PENALTIES[best]), loss

@@ -29,14 +29,22 @@ def logistic(C: float) -> Pipeline:
 
 def choose_penalty(x: np.ndarray, y: np.ndarray, groups: Any, seed: int) -> tuple[float, float]:
     """The C with the lowest cross-validated log loss, and that loss: infinite where there are no folds."""
-    losses = [
-        _losses(x, y, train, test) for train, test in folds_of(y, groups, seed)
-    ]  # each (points, penalties)
+    best, loss = lowest([_losses(x, y, train, test) for train, test in folds_of(y, groups, seed)])
+    return (DEFAULT_C if best is None else PENALTIES[best]), loss
+
+
+def lowest(losses: list[np.ndarray]) -> tuple[int | None, float]:
+    """Which choice has the lowest mean loss, and that loss: None and infinity where there are no folds.
+
+    Parameters
+    ----------
+    losses : list of arrays of shape (points, choices), one for each fold
+    """
     if not losses:
-        return DEFAULT_C, float("inf")
+        return None, float("inf")
     mean = np.concatenate(losses).mean(0)
     best = int(mean.argmin())
-    return PENALTIES[best], float(mean[best])
+    return best, float(mean[best])
 
 
 def check(x: Any, y: Any, name: str = "features") -> tuple[np.ndarray, np.ndarray]:
@@ -45,9 +53,13 @@ def check(x: Any, y: Any, name: str = "features") -> tuple[np.ndarray, np.ndarra
         raise ValueError(f"{name} of shape {x.shape} with {len(y)} labels: give (n, d) and n labels")
     if not np.isfinite(x).all():
         raise ValueError(f"{name} hold NaN or infinity: look at what made them")
+    check_classes(y)
+    return x, y
+
+
+def check_classes(y: np.ndarray) -> None:
     if len(np.unique(y)) < 2:
         raise ValueError(f"labels have one class only ({y[0]!r}): at least 2 are needed")
-    return x, y
 
 
 def folds_of(y: np.ndarray, groups: Any, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
