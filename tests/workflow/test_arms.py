@@ -14,7 +14,9 @@ from unfused.workflow.modality import Inputs
 def make_bench(features, truth, pool=None, test=None, groups=None, teacher_features=None):
     n = len(features)
     inputs = Inputs(np.zeros((n, 1, 8, 8), np.float32), np.arange(n), {"mean": 0.0, "std": 1.0})
-    modality = SimpleNamespace(name="audio", classic_features=lambda corpus: features)
+    modality = SimpleNamespace(
+        name="audio", classic_on_one_scale=False, classic_features=lambda corpus: features
+    )
     return Bench(
         modality=modality,
         corpus=[None] * n,

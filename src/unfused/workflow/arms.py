@@ -261,8 +261,7 @@ def graph_views(bench: Bench, pool: np.ndarray) -> dict[str, np.ndarray]:
     """Unit-length vectors for the neighbour graph, per source of features; the groups' own means and scales removed."""
     if "views" not in bench.cache:
         groups = None if bench.groups is None else bench.groups[pool]
-        alike = getattr(bench.modality, "classic_on_one_scale", False)
-        views = {"classic": _unit(bench.classic_features[pool], groups, alike)}
+        views = {"classic": _unit(bench.classic_features[pool], groups, bench.modality.classic_on_one_scale)}
         if bench.features is not None:
             views["teacher"] = _unit(bench.features[pool], groups)
             views["both"] = np.hstack([views["classic"], views["teacher"]]) / np.sqrt(2)
@@ -309,59 +308,21 @@ def _recovered(
 
 def fine_tune(bench: Bench, draw: Draw, folder: Path) -> Outcome:
     """The baseline that the paper argues against: the self-supervised encoder itself, fine-tuned."""
-    if bench.teacher is None and hasattr(bench.modality, "embed_with"):
-        return _fine_tune_foreign_text(bench, draw, folder)
     if bench.teacher is None:
         return _fine_tune_foreign(bench, draw, folder)
     return _supervised(bench, draw, bench.teacher(), folder, bench.steps["supervised"], lr=1e-3)
 
 
 def _fine_tune_foreign(bench: Bench, draw: Draw, folder: Path) -> Outcome:
-    """The same for a transformers encoder, on the waveforms that its own feature extractor takes."""
+    """The same for a transformers encoder, on what its own feature extractor or tokenizer makes of the items."""
     from unfused.finetune.fine_tune import FineTune
-    from unfused.nn.encoders import load_teacher
 
     torch.manual_seed(draw.seed)
-    teacher = load_teacher(bench.cache["teacher"])
-    objective = FineTune(teacher, len(bench.classes), label_smoothing=LABEL_SMOOTHING)
     rows = np.flatnonzero(draw.visible)
-    waveforms = next(bench.waveforms(rows, teacher.sampling_rate, len(rows)))
-    data = WaveformDataset(teacher, waveforms, draw.labels[rows])
-    steps = bench.steps["supervised"]
-    result = bench.fit(
-        objective,
-        data,
-        output_dir=folder,
-        steps=steps,
-        lr=5e-5,
-        batch_size=min(16, len(rows)),
-        seed=draw.seed,
+    encoder, data, embedded = (_foreign_texts if bench.modality.name == "text" else _foreign_recordings)(
+        bench, rows, draw.labels[rows]
     )
-    blocks = []
-    for chunk in bench.waveforms(np.arange(len(bench.corpus)), teacher.sampling_rate):
-        embedded = torch.from_numpy(teacher.embed_waveforms(chunk))
-        with torch.inference_mode():
-            blocks.append(objective.head(embedded).softmax(-1).numpy())
-    parameters = sum(p.numel() for p in objective.parameters())
-    return Outcome(
-        np.concatenate(blocks),
-        parameters=parameters,
-        peak_mib=result.peak_mib,
-        curves={"fine-tune": result.history},
-    )
-
-
-def _fine_tune_foreign_text(bench: Bench, draw: Draw, folder: Path) -> Outcome:
-    """The same for a pretrained model of texts, on its own tokens."""
-    from unfused.finetune.fine_tune import FineTune
-
-    torch.manual_seed(draw.seed)
-    encoder = bench.modality.trainable(bench.cache["teacher"])  # type: ignore[attr-defined]
     objective = FineTune(encoder, len(bench.classes), label_smoothing=LABEL_SMOOTHING)
-    rows, texts = np.flatnonzero(draw.visible).tolist(), bench.corpus.raw
-    data = ArrayDataset(
-        **encoder.prepare([texts[row] for row in rows]), labels=torch.from_numpy(draw.labels[rows])
-    )
     result = bench.fit(
         objective,
         data,
@@ -371,18 +332,37 @@ def _fine_tune_foreign_text(bench: Bench, draw: Draw, folder: Path) -> Outcome:
         batch_size=min(16, len(rows)),
         seed=draw.seed,
     )
-    blocks = []
     with torch.inference_mode():
-        for start in range(0, len(texts), 64):
-            inputs = encoder.prepare(texts[start : start + 64])
-            blocks.append(objective.head(encoder.embed(**inputs)).softmax(-1).numpy())
-    parameters = sum(p.numel() for p in objective.parameters())
+        probabilities = np.concatenate([objective.head(block).softmax(-1).numpy() for block in embedded])
     return Outcome(
-        np.concatenate(blocks),
-        parameters=parameters,
+        probabilities,
+        parameters=sum(p.numel() for p in objective.parameters()),
         peak_mib=result.peak_mib,
         curves={"fine-tune": result.history},
     )
+
+
+def _foreign_recordings(bench: Bench, rows: np.ndarray, labels: np.ndarray) -> tuple[Any, Any, Iterator[Any]]:
+    """The encoder, the labelled clips as it takes them, and, when asked for, its embeddings of all clips."""
+    from unfused.nn.encoders import load_teacher
+
+    teacher = load_teacher(bench.cache["teacher"])
+    waveforms = next(bench.waveforms(rows, teacher.sampling_rate, len(rows)))
+    every = bench.waveforms(np.arange(len(bench.corpus)), teacher.sampling_rate)
+    embedded = (torch.from_numpy(teacher.embed_waveforms(chunk)) for chunk in every)
+    return teacher, WaveformDataset(teacher, waveforms, labels), embedded
+
+
+def _foreign_texts(bench: Bench, rows: np.ndarray, labels: np.ndarray) -> tuple[Any, Any, Iterator[Any]]:
+    """The same of texts."""
+    encoder, texts = bench.modality.trainable(bench.cache["teacher"]), bench.corpus.raw  # type: ignore[attr-defined]
+    data = ArrayDataset(
+        **encoder.prepare([texts[row] for row in rows.tolist()]), labels=torch.from_numpy(labels)
+    )
+    embedded = (
+        encoder.embed(**encoder.prepare(texts[start : start + 64])) for start in range(0, len(texts), 64)
+    )
+    return encoder, data, embedded
 
 
 class WaveformDataset(ArrayDataset):

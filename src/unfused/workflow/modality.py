@@ -106,6 +106,11 @@ class Modality(Protocol):
 
     name: str
     task: str
+    classic_on_one_scale: bool  # whether the dimensions of `classic_features` may be compared as they are
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Of what `inputs` learned, for the user."""
 
     def settings(self) -> dict[str, Any]: ...
     def read(
@@ -126,6 +131,9 @@ class Modality(Protocol):
 
 class _OfFiles:
     """What recordings and pictures have in common."""
+
+    notes: Sequence[str] = ()
+    classic_on_one_scale = False
 
     def attach(self, folder: Path, pool: np.ndarray) -> None:
         """Nothing: windows are normalised by numbers that lie beside them."""

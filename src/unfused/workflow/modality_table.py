@@ -36,6 +36,7 @@ class Rows:
 
     name = "table"
     task = "tabular-classification"
+    classic_on_one_scale = False
 
     def __init__(self, records: Records, columns: list[int], width: int = 32) -> None:
         self.records, self.columns, self.width = records, columns, width

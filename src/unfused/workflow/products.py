@@ -17,7 +17,7 @@ from unfused.workflow.progress import no_bars_of_transformers
 from unfused.workflow.report import ReportData, write_report
 from unfused.workflow.run_folder import OWN_COLUMNS, RunFolder, beside
 from unfused.workflow.settings import Settings
-from unfused.workflow.wording import passage
+from unfused.workflow.wording import passage, units
 
 MAP_POINTS = 2000
 
@@ -164,7 +164,7 @@ def _data(settings: Settings, bench: Bench, draws: list[Draw], facts: dict[str, 
         "clusters": len(bench.cache["clusters"].centroids),
         **(
             {"notes": [*bench.corpus.manifest.notes, *bench.modality.notes]}
-            if hasattr(bench.modality, "notes")
+            if units(bench.modality.name)[0] == "row"
             else {}
         ),
     }
