@@ -16,7 +16,7 @@ from sklearn.utils import _safe_indexing, check_random_state, get_tags, indexabl
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
-from unfused.nn.estimators import draw_seed, read_known, seeded
+from unfused.nn.estimators import check_whole, draw_seed, read_known, seeded
 from unfused.nn.matching import clustering_accuracy
 
 __all__ = ["HiddenClassSearchCV"]
@@ -205,8 +205,7 @@ class HiddenClassSearchCV(MetaEstimatorMixin, BaseEstimator):
     def _hide(self, known: int, novel: int | None, seed: int) -> list[np.ndarray]:
         """Groups of the numbers 0..known-1: disjoint where the classes suffice, else each class about as often."""
         folds, size = self.n_hidden_folds, self.n_hidden_classes
-        if not isinstance(folds, int | np.integer) or folds < 1:
-            raise ValueError(f"n_hidden_folds={folds!r}: give a whole number from 1 on")
+        check_whole(self, n_hidden_folds=1)
         if size is None:
             size = round(known * novel / (known + novel)) if novel else round(known / folds)
             size = max(2, min(size, known - 2))

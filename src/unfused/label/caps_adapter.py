@@ -178,10 +178,8 @@ class MAdapterClassifier(LogitClassifier):
         if X_val is None:
             self._set_ranges(self.keys_, {name: self._candidates(name, chosen=True)[0] for name in GRIDS})
         else:
-            if y_val is None:
-                raise ValueError("y_val is None: X_val needs its labels")
-            X_val, y_val = validate_data(self, X_val, y_val, reset=False, dtype=FLOATS)
-            self._choose(unit_rows(X_val), label_index(y_val, self.classes_, "y_val"))
+            X_val, index = self._validation(X_val, y_val)
+            self._choose(unit_rows(X_val), index)
         return self
 
     def _candidates(self, name: str, chosen: bool = False) -> np.ndarray:

@@ -451,10 +451,8 @@ class GDAClassifier(LogitClassifier):
     def _held_out(self, X_val: Any, y_val: Any, support: tuple[Any, ...] | None) -> Any:
         """Blocks of (rows, classes, Gaussian scores, weights) to choose alpha on."""
         if X_val is not None:
-            if y_val is None:
-                raise ValueError("y_val is None: X_val needs its labels")
-            X, y = validate_data(self, X_val, y_val, reset=False, dtype=FLOATS)
-            X, index = self._rows(X), label_index(y, self.classes_, "y_val")
+            X, index = self._validation(X_val, y_val)
+            X = self._rows(X)
             for rows in row_blocks(len(X), 3 * len(self.classes_)):
                 image = X[rows] @ self.image_coef_.T + self.image_intercept_
                 yield X[rows], index[rows], image, np.ones(len(image))

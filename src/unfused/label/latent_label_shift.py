@@ -35,7 +35,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, has_fit_parameter, validate_data
 
-from unfused.nn.estimators import draw_seed, seeded
+from unfused.nn.estimators import check_whole, draw_seed, seeded
 
 __all__ = ["DDFA"]
 
@@ -289,12 +289,8 @@ class DDFA(ClusterMixin, BaseEstimator):
         return np.where(total > 0, joint / np.where(total > 0, total, 1), prior)
 
     def _check_parameters(self) -> None:
-        for name, minimum in (("n_classes", 1), ("n_discretization", 1), ("nmf_restarts", 1)):
-            value = getattr(self, name)
-            if value is None and name != "nmf_restarts":
-                continue
-            if not isinstance(value, int | np.integer) or value < minimum:
-                raise ValueError(f"{name}={value!r}: give a whole number from {minimum} on")
+        given = [name for name in ("n_classes", "n_discretization") if getattr(self, name) is not None]
+        check_whole(self, **dict.fromkeys([*given, "nmf_restarts"], 1))
         for name, choices in (
             ("solver", ("nnls", "pinv", "table")),
             ("reweight", ("auto", "weights", "posterior", "none")),

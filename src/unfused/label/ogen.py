@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,6 +44,7 @@ from unfused.nn.zero_shot import (
     FLOATS,
     LogitClassifier,
     align_classes,
+    check_labels,
     check_text_features,
     class_labels,
     label_index,
@@ -357,7 +357,7 @@ class OGENClassifier(_OGEN):
         if self.reduction < 1:
             raise ValueError(f"reduction={self.reduction}: give at least 1")
         X, y = validate_data(self, X, y, dtype=FLOATS)
-        check_classification_targets(y)
+        check_labels(y)
         X, dim = unit_rows(X), X.shape[1]
         text = None if self.text_features is None else check_text_features(self.text_features, dim)
         self.classes_, text = align_classes(y, text, self.classes)
@@ -539,7 +539,7 @@ class OGENPromptClassifier(_OGEN):
         """
         self._check()
         X, y = validate_data(self, X, y, dtype=FLOATS)
-        check_classification_targets(y)
+        check_labels(y)
         self.classes_, index = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"y holds one class, {self.classes_.tolist()[0]!r}: at least two are needed")

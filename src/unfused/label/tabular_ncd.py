@@ -33,7 +33,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted, validate_data
 
 from unfused.label._hidden_class_search import HiddenClassSearchCV
-from unfused.nn.estimators import draw_seed, read_known
+from unfused.nn.estimators import check_whole, draw_seed, read_known
 from unfused.nn.silhouette import silhouettes
 from unfused.nn.spectral import longest_tree_edge, top_eigenvectors
 
@@ -348,13 +348,7 @@ class PBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _NCD):
         return self.latent_dim
 
     def _check_parameters(self) -> None:
-        for name in ("latent_dim", "epochs", "batch_size", "n_init"):
-            if not isinstance(value := getattr(self, name), int | np.integer) or value < (
-                2 if name == "batch_size" else 1
-            ):
-                raise ValueError(
-                    f"{name}={value!r}: give a whole number from {2 if name == 'batch_size' else 1} on"
-                )
+        check_whole(self, latent_dim=1, epochs=1, batch_size=2, n_init=1)
         for name, high in (("w", 1.0), ("dropout", 0.999), ("lr", np.inf), ("weight_decay", np.inf)):
             if not 0 <= (value := getattr(self, name)) <= high:
                 raise ValueError(f"{name}={value!r}: give a number from 0 to {high:g}")
@@ -437,8 +431,7 @@ class NCDKMeans(_NCD):
         """
         if self.sampling not in ("squared", "distance"):
             raise ValueError(f"sampling={self.sampling!r}: choose 'squared' or 'distance'")
-        if not isinstance(self.n_init, int | np.integer) or self.n_init < 1:
-            raise ValueError(f"n_init={self.n_init!r}: give a whole number from 1 on")
+        check_whole(self, n_init=1)
         X, codes, novel = self._read(X, y)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         rng = check_random_state(self.random_state)
@@ -548,8 +541,7 @@ class NCDSpectralClustering(_NCD):
         """
         if not 0 < self.u < 1:
             raise ValueError(f"u={self.u!r}: give a number between 0 and 1")
-        if not isinstance(self.n_components, int | np.integer) or self.n_components < 1:
-            raise ValueError(f"n_components={self.n_components!r}: give a whole number from 1 on")
+        check_whole(self, n_components=1)
         if self.cluster_rows not in ("novel", "all"):
             raise ValueError(f"cluster_rows={self.cluster_rows!r}: choose 'novel' or 'all'")
         X, _, novel = self._read(X, y)

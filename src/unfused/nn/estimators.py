@@ -6,7 +6,23 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["draw_seed", "read_known", "seeded"]
+__all__ = ["check_whole", "draw_seed", "read_known", "seeded"]
+
+
+def check_whole(estimator: Any, **least: int) -> None:
+    """A ValueError unless these parameters are whole numbers, at least so large.
+
+    Examples
+    --------
+    >>> from sklearn.cluster import KMeans
+    >>> check_whole(KMeans(n_clusters=0), n_clusters=1)
+    Traceback (most recent call last):
+    ValueError: n_clusters=0: give a whole number from 1 on
+    """
+    for name, minimum in least.items():
+        value = getattr(estimator, name)
+        if not isinstance(value, int | np.integer) or value < minimum:
+            raise ValueError(f"{name}={value!r}: give a whole number from {minimum} on")
 
 
 def draw_seed(rng: Any) -> int:

@@ -200,6 +200,13 @@ class LogitClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         return validate_data(self, X, reset=False, dtype=FLOATS)
 
+    def _validation(self, X_val: Any, y_val: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Checked rows of validation data, and the positions of their labels in `classes_`."""
+        if y_val is None:
+            raise ValueError("y_val is None: X_val needs its labels")
+        X, y = validate_data(self, X_val, y_val, reset=False, dtype=FLOATS)
+        return X, label_index(y, self.classes_, "y_val")
+
     def _all_logits(self, X: Any) -> np.ndarray:
         X = self._checked(X)
         blocks = row_blocks(len(X), self._row_width())
