@@ -72,7 +72,7 @@ def _regime(lab: Lab, known: bool) -> Verdict:
     chosen = [unit["chosen"] for unit in units]
     gains = {rival: lab.paired(arms[OURS], arms[rival]) for rival in (REAL, NAMES, TIP_X)}
     gain = gains[NAMES if known else REAL]
-    holds = gain.interval is not None and gain.interval[0] > 0
+    holds = gain.above_zero
     if not known:
         holds = holds and any(setting["delta"] > 0 for setting in chosen)
     variants = [name for name in arms if name.startswith("variant: ")]

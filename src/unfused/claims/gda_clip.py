@@ -63,7 +63,7 @@ def _few_shot(lab: Lab, strength: float, shots: list[int]) -> Verdict:
         return {f"{k} shots": [unit["few"][str(k)][name] for unit in units] for k in shots}
 
     gains = {rival: lab.paired(arm("GDA")[top], arm(rival)[top]) for rival in (TIP, MEAN, LDA)}
-    clear = all(gain.interval is not None and gain.interval[0] > 0 for gain in gains.values())
+    clear = all(gain.above_zero for gain in gains.values())
     ahead = all(lab.paired(arm("GDA")[f"{k} shots"], arm(TIP)[f"{k} shots"]).mean > 0 for k in shots if k > 1)
     variants = ("without views", "alpha by leaving out", "the paper's grid, without 0")
     extra = {
@@ -341,7 +341,7 @@ def _new_classes(lab: Lab) -> Verdict:
         method=arms.pop("GDA"),
         baselines=arms,
         rule=NEW,
-        holds=_above(lab, [row["GDA"]["harmonic mean"] for row in units], arms[ZERO]),
+        holds=lab.paired([row["GDA"]["harmonic mean"] for row in units], arms[ZERO]).above_zero,
         ablations={
             "Accuracies": {
                 arm: {column: np.mean([row[arm][column] for row in units]) for column in units[0][arm]}
@@ -349,11 +349,6 @@ def _new_classes(lab: Lab) -> Verdict:
             }
         },
     )
-
-
-def _above(lab: Lab, ours: Any, theirs: Any, **how: str) -> bool:
-    gain = lab.paired(ours, theirs, **how)
-    return gain.interval is not None and gain.interval[0] > 0
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -414,7 +409,7 @@ def _tables(lab: Lab) -> Verdict:
         method=ours,
         baselines=arms,
         rule=TABLES,
-        holds=_above(lab, ours, arms[LDA], over="seeds"),
+        holds=lab.paired(ours, arms[LDA], over="seeds").above_zero,
         over="seeds",
         ablations={
             f"At {k} shots": {

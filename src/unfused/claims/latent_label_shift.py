@@ -83,7 +83,7 @@ def _verdict(lab: Lab, world: str, units: list[dict[str, float]], tables: dict[s
         method=ours,
         baselines=arms,
         rule=RULE,
-        holds=all(gain.interval is not None and gain.interval[0] > 0 for gain in gains),
+        holds=all(gain.above_zero for gain in gains),
         ablations={
             "Variants of DDFA": groups["variant: "],
             "L1 error of a domain's proportions": {

@@ -88,7 +88,7 @@ def claim(lab: Lab) -> list[Verdict]:
                 method=ours,
                 baselines={UNIFORM: theirs, **{arm: _accuracy(clean[arm]) for arm in no_self}},
                 rule=RULE,
-                holds=gain.interval is not None and gain.interval[0] > 0,
+                holds=gain.above_zero,
                 ablations={
                     "Without junk": {arm: _accuracy(rows) for arm, rows in clean.items()},
                     "Share of examples of weight 0 (LiST)": {

@@ -75,7 +75,7 @@ def _verdict(lab: Lab, world: str, runs: list[dict[str, Scores]]) -> Verdict:
         method=ours,
         baselines={arm: values(arm) for arm in arms},
         rule=RULE + (", or the interval of the gain over k-means reaches 0" if "k-means" in against else ""),
-        holds=bool(better) and all(gain.interval is not None and gain.interval[0] > 0 for gain in gains),
+        holds=bool(better) and all(gain.above_zero for gain in gains),
         ablations={
             "Number of classes estimated": {
                 arm: {

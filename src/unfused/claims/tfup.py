@@ -67,7 +67,7 @@ def claim(lab: Lab) -> list[Verdict]:
                 method=ours,
                 baselines={name: column for name, column in columns.items() if name != "TFUP"},
                 rule=RULE,
-                holds=all(gain.interval is not None and gain.interval[0] > 0 for gain in gains.values()),
+                holds=all(gain.above_zero for gain in gains.values()),
                 over="seeds",
                 ablations=extra,
                 notes=[f"over {rival} by {gain}" for rival, gain in gains.items()],
@@ -81,16 +81,12 @@ def claim(lab: Lab) -> list[Verdict]:
                 method=trained[0],
                 baselines={"TFUP": ours, NO_MARGIN: trained[1], ZERO: columns[ZERO], EM: columns[EM]},
                 rule=TRAINED,
-                holds=_above(lab.paired(trained[0], ours, over="seeds")),
+                holds=lab.paired(trained[0], ours, over="seeds").above_zero,
                 over="seeds",
                 notes=["last epoch; no labelled picture of the domain decides anything"],
             )
         )
     return found
-
-
-def _above(gain: Any) -> bool:
-    return gain.interval is not None and gain.interval[0] > 0
 
 
 def _arm(units: dict[str, list[dict[str, float]]], name: str) -> dict[str, list[float]]:

@@ -75,7 +75,7 @@ def claim(lab: Lab) -> list[Verdict]:
                 method=accuracy[FULL],
                 baselines={arm: accuracy[arm] for arm in JUDGED},
                 rule=RULE,
-                holds=gain.interval is not None and gain.interval[0] > 0,
+                holds=gain.above_zero,
                 over="seeds",
                 ablations={
                     "Other arms": {arm: accuracy[arm] for arm in ARMS if arm not in (FULL, *JUDGED)},

@@ -92,7 +92,7 @@ def claim(lab: Lab) -> list[Verdict]:
                 method=ours,
                 baselines={name: values for name, values in labels.items() if name not in VARIANTS},
                 rule=LABELS,
-                holds=all(map(_above, gains.values())),
+                holds=all(gain.above_zero for gain in gains.values()),
                 ablations={
                     "Variants": {name: labels[name] for name in VARIANTS if name != "MVT"},
                     "Questions put to the verifier": calls,
@@ -111,7 +111,7 @@ def claim(lab: Lab) -> list[Verdict]:
                 method=taught,
                 baselines=tuned,
                 rule=TUNED,
-                holds=ahead.mean >= 0.03 and _above(ahead) and _above(probe),
+                holds=ahead.mean >= 0.03 and ahead.above_zero and probe.above_zero,
                 ablations={
                     "Learning rate chosen": {
                         n: _rates(row["rates"][n] for row in rows) for n in rows[0]["rates"]
@@ -121,10 +121,6 @@ def claim(lab: Lab) -> list[Verdict]:
             )
         )
     return found
-
-
-def _above(gain: Any) -> bool:
-    return gain.interval is not None and gain.interval[0] > 0
 
 
 def _rates(rates: Any) -> dict[str, str]:

@@ -15,6 +15,7 @@ from unfused.claims.lab import cache, worlds
 from unfused.claims.lab.sources import code_hash
 from unfused.claims.lab.verdict import Estimate, Values, Verdict, as_row, estimate, paired
 from unfused.claims.lab.worlds import Absent, AudioWorld, ImageWorld
+from unfused.data.files import cache_root
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,8 +81,7 @@ class Lab:
         self.scale = scale
         self.seeds = range(seeds or self.pick(smoke=2, desk=5))
         self.data_dir = worlds.data_dir(data_dir)
-        base = os.environ.get("UNFUSED_CACHE") or Path.home() / ".cache" / "unfused"
-        self.cache_dir = Path(cache_dir) if cache_dir is not None else Path(base) / "lab"
+        self.cache_dir = Path(cache_dir) if cache_dir is not None else cache_root() / "lab"
         if threads is not None:
             import torch
 
@@ -225,7 +225,7 @@ class Lab:
             gain = paired(ours.values, theirs.values)
             gains[arm] = estimate({unit: sign * value for unit, value in gain.values.items()}, interval, over)
         if holds is None:
-            holds = all(gain.interval is not None and gain.interval[0] > 0 for gain in gains.values())
+            holds = all(gain.above_zero for gain in gains.values())
         kind = "Student's t" if interval == "t" else "bootstrap percentiles (10,000 resamples)"
         paired_over = f"{'' if over == 'units' else over + ' of '}{len(ours.values)} paired units"
         seconds, self._mark = self._clock() - self._mark, self._clock()

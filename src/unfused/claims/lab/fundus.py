@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from unfused.claims.lab.tuning import Batch, Task, TuningWorld, tune
+from unfused.claims.lab.tuning import Batch, Task, TuningWorld, fresh_head, tune
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification
@@ -208,11 +208,7 @@ def texture_backbone(lab: Lab, num_labels: int | None = None) -> ViTForImageClas
         return model.state_dict()
 
     state = lab.cached("texture-vit", {"steps": steps, "count": count}, pretrain)
-    model = _vit(num_labels or TEXTURES)
-    if num_labels is not None:
-        state = {name: value for name, value in state.items() if not name.startswith("classifier")}
-    model.load_state_dict(state, strict=num_labels is None)
-    return model.eval()
+    return fresh_head(_vit, state, num_labels, TEXTURES)
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from unfused.claims.lab.tuning import Batch, Task, TuningWorld, tune
+from unfused.claims.lab.tuning import Batch, Task, TuningWorld, fresh_head, tune
 from unfused.claims.lab.worlds import Absent
 
 if TYPE_CHECKING:
@@ -91,11 +91,7 @@ def photos_backbone(lab: Lab, num_labels: int | None = None) -> ViTForImageClass
 
     found = hashlib.blake2b(images.numpy().tobytes(), digest_size=8).hexdigest()
     state = lab.cached("photos-vit", {"steps": steps, "views": views, "images": found}, pretrain)
-    model = _vit(num_labels or 4)
-    if num_labels is not None:
-        state = {name: value for name, value in state.items() if not name.startswith("classifier")}
-    model.load_state_dict(state, strict=num_labels is None)
-    return model.eval()
+    return fresh_head(_vit, state, num_labels, 4)
 
 
 def photos_world(lab: Lab, per_class: int = 20) -> TuningWorld:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from unfused.claims.lab.audio import word_front_end
-from unfused.claims.lab.tuning import Batch, Task, TuningWorld, tune
+from unfused.claims.lab.tuning import Batch, Task, TuningWorld, fresh_head, tune
 from unfused.data.splits import few_shot
 from unfused.nn.log_mel import FrontEnd, fit_frames_many, log_mel_many
 
@@ -175,11 +175,7 @@ def sound_backbone(lab: Lab, num_labels: int | None = None) -> ASTForAudioClassi
 
     params = {"steps": steps, "count": count, "esc": lab.world("esc10").fingerprint if esc else None}
     state = lab.cached("sound-ast", params, pretrain)
-    model = _ast(num_labels or classes)
-    if num_labels is not None:
-        state = {name: value for name, value in state.items() if not name.startswith("classifier")}
-    model.load_state_dict(state, strict=num_labels is None)
-    return model.eval()
+    return fresh_head(_ast, state, num_labels, classes)
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------

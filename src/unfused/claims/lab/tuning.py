@@ -39,6 +39,7 @@ __all__ = [
     "classification",
     "compare",
     "count_trainable",
+    "fresh_head",
     "full",
     "head_names",
     "layernorm_only",
@@ -116,6 +117,35 @@ class Arm:
     steps: int | None = None
     train: Callable[..., nn.Module | None] | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+# -- backbones ---------------------------------------------------------------------------------------------------------
+
+
+def fresh_head(
+    make: Callable[[int], nn.Module],
+    state: Mapping[str, torch.Tensor],
+    num_labels: int | None,
+    pretrained: int,
+) -> Any:
+    """A pretrained classifier, its head as it is or, for a new task, drawn anew.
+
+    Parameters
+    ----------
+    make : callable (number of labels) -> nn.Module
+        Draws from torch's global generator; its head is called `classifier`.
+    state : mapping of str to Tensor
+        The pretrained weights.
+    num_labels : int, optional
+        Of the new head; None keeps the old one.
+    pretrained : int
+        How many labels that has.
+    """
+    model = make(num_labels or pretrained)
+    if num_labels is not None:
+        state = {name: value for name, value in state.items() if not name.startswith("classifier")}
+    model.load_state_dict(dict(state), strict=num_labels is None)
+    return model.eval()
 
 
 # -- arms --------------------------------------------------------------------------------------------------------------

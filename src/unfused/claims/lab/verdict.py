@@ -37,6 +37,11 @@ class Estimate:
     interval: tuple[float, float] | None
     values: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def above_zero(self) -> bool:
+        """Whether there is an interval and it lies above 0."""
+        return self.interval is not None and self.interval[0] > 0
+
     def by_group(self) -> dict[str, float]:
         """Mean of each group; empty where the units are seeds alone."""
         groups: dict[str, list[float]] = {}

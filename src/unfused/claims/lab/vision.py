@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from unfused.claims.lab.tuning import Batch, Task, TuningWorld, tune
+from unfused.claims.lab.tuning import Batch, Task, TuningWorld, fresh_head, tune
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification
@@ -101,11 +101,7 @@ def digits_backbone(lab: Lab, num_labels: int | None = None) -> ViTForImageClass
         return model.state_dict()
 
     state = lab.cached("digits-vit", {"steps": steps}, pretrain)
-    model = _vit(num_labels or 10)
-    if num_labels is not None:
-        state = {name: value for name, value in state.items() if not name.startswith("classifier")}
-    model.load_state_dict(state, strict=num_labels is None)
-    return model.eval()
+    return fresh_head(_vit, state, num_labels, 10)
 
 
 def _vit(num_labels: int) -> ViTForImageClassification:
