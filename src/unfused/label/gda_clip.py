@@ -3,9 +3,10 @@
 Every class is a Gaussian and all share one covariance, so Bayes' rule gives a linear classifier in closed form,
     w_c = P mu_c,   b_c = log pi_c - mu_c' P mu_c / 2,   P = D ((N-1) S + tr(S) I)^-1   (Kubokawa and Srivastava),
 and its scores are added to the zero-shot ones: `logits = scale x W_t + alpha (x W + b)`. No gradient, one pass over the few
-labelled features; both parts are linear and so is the result. alpha is the best of {0, 1e-4, ..., 100} on validation data
+labelled features; both parts are linear and so is the result. alpha is the best of {0, 1e-4, ..., 1e5} on validation data
 or, without them, on the support with every sample (all views of a picture) left out in turn, which has a closed form too.
-0 is not in the paper's grid: with one shot and no views anything else can be worse than zero-shot.
+The paper's grid has no 0, though with one shot and no views anything else can be worse than zero-shot, and ends at 100, which is
+too little where there are many more samples than features: P shrinks as D/N.
 
 - *Unlabelled*: expectation-maximisation of the same mixture from zero-shot responsibilities, the text a prior in every
   round. Here the precision is (S + ridge)^-1, since P above, meant for an alpha, is about D/N of it.
@@ -55,7 +56,7 @@ from unfused.nn.zero_shot import (
 
 __all__ = ["GDAClassifier", "encode_views"]
 
-ALPHAS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+ALPHAS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 NEVER = -1e9  # the intercept of a class that nothing is known of
 
 
@@ -70,7 +71,7 @@ class GDAClassifier(LogitClassifier):
         Labels in the order of the rows of `text_features`. By default the sorted labels of y, which then have to be as
         many; without y, 0, 1, ... A class without samples is added as `add_classes` does.
     alpha : float, "grid" or array-like, default="grid"
-        Weight of the Gaussian scores. "grid" chooses among 0 and seven powers of ten, an array among its entries (the
+        Weight of the Gaussian scores. "grid" chooses among 0 and ten powers of ten, an array among its entries (the
         first of the best), on `X_val`, else leaving out. Its scale depends on N and n_features. Without text features 1.
     logit_scale : float, default=100.0
         Of the zero-shot logits: CLIP's 100; `model.logit_scale.exp()` of another.
