@@ -74,7 +74,7 @@ def test_a_validation_set_chooses_alpha_and_ties_keep_the_first():
     X_val, y_val, _ = sample(seed=3, n=200, noise=1.2)
     clf = GDAClassifier(text).fit(X, y, X_val=X_val, y_val=y_val)
     W, b = by_the_card(X, y)
-    alphas = [0, 1e-4, 1e-3, 1e-2, 0.1, 1, 10, 100]
+    alphas = [0, *10.0 ** np.arange(-4, 6)]
     scores = [np.mean((100 * X_val @ text.T + a * (X_val @ W + b)).argmax(1) == y_val) for a in alphas]
     assert np.allclose(clf.alpha_scores_, scores) and clf.alpha_ == alphas[int(np.argmax(scores))]
     assert GDAClassifier(np.eye(4, 12), alpha=[5, 0.0]).fit(np.eye(4, 12)[y], y).alpha_ == 5  # all are right

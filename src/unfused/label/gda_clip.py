@@ -5,8 +5,8 @@ Every class is a Gaussian and all share one covariance, so Bayes' rule gives a l
 and its scores are added to the zero-shot ones: `logits = scale x W_t + alpha (x W + b)`. No gradient, one pass over the few
 labelled features; both parts are linear and so is the result. alpha is the best of {0, 1e-4, ..., 1e5} on validation data
 or, without them, on the support with every sample (all views of a picture) left out in turn, which has a closed form too.
-The paper's grid has no 0, though with one shot and no views anything else can be worse than zero-shot, and ends at 100, which is
-too little where there are many more samples than features: P shrinks as D/N.
+The paper's grid has no 0, though with one shot and no views anything else can be worse than zero-shot, and it ends at 100,
+too little where there are many more samples than features, as P shrinks like D/N.
 
 - *Unlabelled*: expectation-maximisation of the same mixture from zero-shot responsibilities, the text a prior in every
   round. Here the precision is (S + ridge)^-1, since P above, meant for an alpha, is about D/N of it.
