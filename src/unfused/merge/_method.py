@@ -259,9 +259,12 @@ def find(method: str | Callable[..., Any] | MergeMethod) -> MergeMethod:
     """
     if isinstance(method, MergeMethod):
         return method
+    if isinstance(method, str):
+        slug = method.replace("_", "-")
+        importlib.import_module(f"{__package__}._plain")
+        if slug in _METHODS or slug in methods():
+            return _METHODS[slug]
     known = methods()
-    if isinstance(method, str) and (found := known.get(method.replace("_", "-"))):
-        return found
     for candidate in known.values():
         if candidate.function is method:
             return candidate
