@@ -33,17 +33,25 @@ def register(app: typer.Typer) -> None:
             None,
             help="Column of the classes, blank where unknown; the other columns are what it is told from.",
         ),
+        classes: str | None = typer.Option(
+            None,
+            help="Names of the classes, a comma list: with an encoder that reads texts too (CLIP) no label is needed.",
+        ),
+        template: list[str] | None = typer.Option(
+            None, help="Sentence for the names, {} where the name goes; may be given several times."
+        ),
         method: str | None = typer.Option(
             None,
             help="Comma list, the first one's model is kept: unfused, unfused-literal, unfused-propagate, fine-tune, "
-            "linear-probe, scratch, classic, ceiling. Default: unfused,classic.",
+            "linear-probe, scratch, classic, ceiling; on frozen features gda-clip, tfup, tfup-t, ogen, latent-label-shift, "
+            "zero-shot; of texts list. Default: unfused,classic, with --classes gda-clip,tfup,zero-shot.",
         ),
         teacher: str | None = typer.Option(
             None,
             "--teacher",
             "--encoder",
             help="contrastive (default), decar, delores-s, delores-m, slicer, random, or path or hub id of an encoder of "
-            "recordings or texts.",
+            "recordings, pictures or texts.",
         ),
         clusters: str | None = typer.Option(None, help="Number of clusters, or auto (default)."),
         propagate: bool | None = typer.Option(
@@ -93,6 +101,8 @@ def register(app: typer.Typer) -> None:
                 modality=modality,
                 text_column=text_column,
                 target=target,
+                classes=classes,
+                templates=template or None,
                 method=method,
                 teacher=teacher,
                 clusters=clusters,
@@ -114,17 +124,27 @@ def register(app: typer.Typer) -> None:
 
     @app.command("predict")
     def predict_command(
-        model: str = typer.Argument(..., help="Folder that `unfused adapt` wrote: runs/NAME/model."),
+        model: str = typer.Argument(
+            ..., help="Folder that `unfused adapt` wrote: runs/NAME/model, or `unfused.label.save`."
+        ),
         files: list[str] = typer.Argument(
             ..., help="Files to classify, or tables whose texts or rows to classify."
         ),
         csv: str | None = typer.Option(None, help="Write path,label,confidence and a column per class here."),
+        text_column: str | None = typer.Option(
+            None, help="Column of the texts, where the saved model does not know it."
+        ),
     ) -> None:
         """Classify files with a model that `unfused adapt` made."""
         from unfused.data.files import Quarantine, printable, write_csv
-        from unfused.workflow.predict import AdaptedModel
+        from unfused.workflow.estimators import AdaptedEstimator
+        from unfused.workflow.predict import load
 
-        adapted, bad = AdaptedModel.load(model), Quarantine()
+        adapted, bad = load(model), Quarantine()
+        if text_column is not None:
+            if not isinstance(adapted, AdaptedEstimator) or adapted.kind != "text":
+                raise ValueError(f"text_column={text_column!r}: this model knows what it reads; leave it out")
+            adapted.text_column = text_column
         names, probabilities = _probabilities(adapted, files, bad)
         rows = []
         for path, row in zip(names, probabilities, strict=True):
@@ -148,7 +168,7 @@ def register(app: typer.Typer) -> None:
 
 def _probabilities(adapted: Any, files: list[str], bad: Any) -> tuple[list[str], Any]:
     """Names and class probabilities of files, or of the rows of tables; what is unusable goes to `bad`."""
-    if adapted.kind not in ("text", "table"):
+    if adapted.kind not in ("text", "table", "array"):
         return files, adapted.predict_proba(files, bad)
     import numpy as np
 

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 __all__ = [
+    "PretrainedImageEncoder",
     "ResNetEncoder",
     "TransformersAudioEncoder",
     "ViTEncoder",
@@ -253,6 +254,45 @@ def image_processor(size: int, mean: Sequence[float], std: Sequence[float]) -> A
 
 
 # Pretrained audio models
+
+
+class PretrainedImageEncoder(nn.Module):
+    """An image tower of `unfused.nn.frozen`, with gradients: what a pretrained model is fine-tuned as.
+
+    Parameters
+    ----------
+    tower : Frozen
+        What `unfused.nn.frozen.load(source, "image")` gives.
+    """
+
+    def __init__(self, tower: Any) -> None:
+        super().__init__()
+        self.model = tower.model.requires_grad_(True)
+        self._tower = [tower]  # in a list: not a part of this module
+        grey = np.full((64, 64, 3), 128, np.uint8)
+        with torch.no_grad():
+            self.embedding_dim = self.eval().embed(**self.prepare([grey])).flatten(1).shape[1]
+
+    def prepare(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
+        """PIL pictures or arrays to the arguments of `embed`.
+
+        Raises
+        ------
+        ValueError
+            The model's processor leaves them at unequal sizes.
+        """
+        (tower,) = self._tower
+        batches = list(tower._batches([tower.prepare(picture) for picture in pictures], len(pictures)))
+        if len(batches) > 1:
+            raise ValueError(
+                "teacher: this model's processor keeps pictures at unequal sizes; it can only be frozen"
+            )
+        [(_, inputs)] = batches
+        return {"input_values": inputs.pop("pixel_values"), **inputs}
+
+    def embed(self, input_values: Tensor, **inputs: Tensor) -> Tensor:
+        (tower,) = self._tower
+        return tower._run({"pixel_values": input_values, **inputs}).flatten(1)
 
 
 class TransformersAudioEncoder(nn.Module):

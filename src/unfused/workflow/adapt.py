@@ -20,9 +20,11 @@ import numpy as np
 from unfused.data.files import Quarantine, cache_root, digest, printable, read_json
 from unfused.data.manifest import Manifest
 from unfused.workflow.arms import Bench, Draw, Outcome
+from unfused.workflow.foreign import Foreign, open_foreign
+from unfused.workflow.label_arms import check_methods
 from unfused.workflow.modality import Corpus, Inputs, Modality
 from unfused.workflow.run_folder import RunFolder
-from unfused.workflow.settings import TEACHERS, Settings
+from unfused.workflow.settings import CLASSES_ALONE, TEACHERS, Settings
 
 __all__ = ["Run", "adapt"]
 
@@ -54,17 +56,17 @@ class Run:
     def model(self) -> Any:
         """The adapted model: `predict(paths)`, and every attribute of the transformers model inside it."""
         if self._model is None:
-            from unfused.workflow.predict import AdaptedModel
+            from unfused.workflow.predict import load
 
-            if not (self.path / "model" / "config.json").exists():
+            if not (self.path / "model").is_dir():
                 if self.metrics["methods"]:
                     raise ValueError(
-                        f"{self.path} holds no model: none of {self.settings.method} is a network of ours"
+                        f"{self.path} holds no model: none of {self.settings.method} is a network of ours or an estimator"
                     )
                 raise ValueError(
                     f"{self.path} holds no model yet: it had no labels. Fill in {self.path / 'to_label.csv'} and run again"
                 )
-            self._model = AdaptedModel.load(self.path / "model")
+            self._model = load(self.path / "model")
         return self._model
 
 
@@ -105,14 +107,22 @@ def adapt(
     target : str, optional
         The column of the classes, blank where unknown; default: label, class, category or target. Without a text column, the
         table's other columns are what it is predicted from.
+    classes : str or sequence of str, optional
+        Names of the classes. With an encoder that reads texts too (CLIP, CLAP, a sentence model) no label is needed:
+        `gda-clip`, `tfup` and `zero-shot` are compared unless `method` names others. Labels, where there are some, must be
+        among them; `labels_per_class=0` keeps them for the evaluation alone.
+    templates : str or sequence of str, optional
+        Sentences for the names, `{}` where the name goes; default "a photo of a {}.", "this is a sound of {}.", or "{}".
     method : str or sequence of str, default="unfused,classic"
-        Methods to compare; the model of the first one that is a network of ours is kept. `unfused`, `unfused-literal`,
-        `unfused-propagate`, `fine-tune`, `linear-probe`, `scratch`, `classic`, and `ceiling` (the student trained on all
-        true labels of the training clips, a bound and not a method).
+        Methods to compare; the model of the first one that is a network of ours or an estimator is kept. `unfused`,
+        `unfused-literal`, `unfused-propagate`, `fine-tune`, `linear-probe`, `scratch`, `classic`, and `ceiling` (the student
+        trained on all true labels of the training clips, a bound and not a method). On the teacher's frozen features:
+        `gda-clip`, `tfup`, `tfup-t`, `ogen`, `latent-label-shift` (needs groups), `zero-shot` (needs an encoder that reads
+        the names of the classes). Of texts `list`, whose encoder is a masked language model.
     teacher : str, default="contrastive"
-        Self-supervised objective (`contrastive`, `decar`, `delores-s`, `delores-m`, `slicer`; `random`: none), or the
-        path or hub id of any transformers audio encoder, for texts of any text encoder of transformers or
-        sentence-transformers. `encoder` is another word for it.
+        Self-supervised objective (`contrastive`, `decar`, `delores-s`, `delores-m`, `slicer`; `random`: none), or the path
+        or hub id of any encoder of transformers that reads such items (of sentence-transformers too). `encoder` is another
+        word for it.
     clusters : int or "auto", default="auto"
         Number of clusters; "auto" takes the one that two varied copies of the data agree on best.
     propagate : bool, default=True
@@ -174,7 +184,7 @@ def adapt(
         if (relocate := _relocation(modality, corpus)) is not None:
             run.relocate = relocate
         labels_known = _labels(corpus, run)
-        classes = sorted({label for label in labels_known if label is not None})
+        classes = _classes(settings, labels_known)
         truth = np.array([classes.index(x) if x is not None else -1 for x in labels_known])
         test = _held_out(settings, corpus, labels_known, truth)
         pool = ~test if settings.inductive else np.ones(len(corpus), bool)
@@ -185,8 +195,17 @@ def adapt(
         console.summary(ReportData(settings.name, summary=facts, quarantine=quarantine.rows))
         for note in corpus.manifest.notes:
             console.say(f"  {note}")
-        bench = _prepare(settings, run, modality, corpus, groups, truth, classes, pool, test, console)
         draws = _draws(settings, truth, test, classes)
+        foreign = None
+        if settings.teacher not in TEACHERS:
+            foreign = open_foreign(settings.teacher, modality, corpus, _cache(cache) / "features")
+        if draws:
+            pooled = None if groups is None else groups[pool]
+            labelled = all(draw.visible.any() for draw in draws)
+            check_methods(settings.method, foreign, modality.name, pooled, len(classes), labelled)
+        bench = _prepare(
+            settings, run, modality, corpus, groups, truth, classes, pool, test, foreign, console
+        )
         outcomes = _compare(settings, run, bench, draws, console)
         metrics, queue = write_products(
             settings=settings,
@@ -221,6 +240,8 @@ def _settings(source: Any, labels: Any, options: dict[str, Any]) -> Settings:
     if labels is not None:
         base["labels"] = os.fspath(labels)
     base.setdefault("name", _name_of(base["source"]))
+    if given.get("classes") is not None:
+        given.setdefault("method", CLASSES_ALONE)
     if (encoder := given.pop("encoder", None)) is not None:  # another word for the same
         if "teacher" in given:
             raise ValueError(
@@ -290,9 +311,8 @@ def _read(
     from unfused.workflow.wording import units
 
     modality, manifest = open_source(settings, quarantine, path / "hub")
-    folder = Path(cache) if cache else cache_root()
     corpus = modality.read(
-        manifest, folder / "features", quarantine, console.task("read", len(manifest.paths))
+        manifest, _cache(cache) / "features", quarantine, console.task("read", len(manifest.paths))
     )
     quarantine.write(path / "quarantine.csv")
     unit, several = units(modality.name)
@@ -310,6 +330,22 @@ def _read(
         np.array([g if g is not None else "" for g in groups]) if any(g is not None for g in groups) else None
     )
     return modality, corpus, named
+
+
+def _cache(cache: Any) -> Path:
+    return Path(cache) if cache else cache_root()
+
+
+def _classes(settings: Settings, labels: Sequence[str | None]) -> list[str]:
+    """Those of the labels, or the ones that are given, in their order."""
+    found = sorted({label for label in labels if label is not None})
+    if settings.classes is None:
+        return found
+    if other := [name for name in found if name not in settings.classes]:
+        raise ValueError(
+            f"classes: {other[0]!r} is a label of the data and not among {list(settings.classes)}"
+        )
+    return list(settings.classes)
 
 
 def _relocation(modality: Modality, corpus: Corpus) -> Callable[[str, dict[str, str]], str] | None:
@@ -383,7 +419,7 @@ def _check(settings: Settings, manifest: Manifest, truth: np.ndarray, test: np.n
     classes = list(check_labels(manifest))
     known = truth >= 0
     what = "the split that comes with the data" if settings.test is None else f"test={settings.test!r}"
-    if missing := set(range(len(classes))) - set(truth[known & ~test]):
+    if settings.classes is None and (missing := set(range(len(classes))) - set(truth[known & ~test])):
         names = ", ".join(repr(classes[k]) for k in sorted(missing)[:5])
         raise ValueError(f"{what} holds out every label of {names}: hold out less, or label more clips of it")
     if settings.labels_per_class is not None and not classes:
@@ -406,7 +442,9 @@ def _draws(settings: Settings, truth: np.ndarray, test: np.ndarray, classes: lis
     draws = []
     for seed in range(settings.seed, settings.seed + settings.seeds):
         visible = train >= 0
-        if settings.labels_per_class is not None:
+        if settings.labels_per_class == 0:
+            visible = np.zeros(len(train), bool)
+        elif settings.labels_per_class is not None:
             named = [classes[k] if k >= 0 else None for k in train]
             visible = few_shot(named, settings.labels_per_class, seed)
         draws.append(Draw(seed, np.where(visible, train, -1)))
@@ -435,6 +473,7 @@ def _prepare(
     classes: list[str],
     pool: np.ndarray,
     test: np.ndarray,
+    foreign: Foreign | None,
     console: Any,
 ) -> Bench:
     """Windows, teacher, features, clusters and, where it is needed, the student distilled from clusters alone."""
@@ -466,6 +505,8 @@ def _prepare(
         steps=steps,
         seed=settings.seed,
         fit=console.fit,
+        foreign=foreign,
+        templates=settings.templates,
     )
     pretrain: dict[str, Any] = {"on": window_stage.key, "teacher": settings.teacher}
     if settings.teacher in TEACHERS:
@@ -503,7 +544,7 @@ def _compare(
     settings: Settings, run: RunFolder, bench: Bench, draws: Sequence[Draw], console: Any
 ) -> dict[str, list[dict[str, Any]]]:
     """Every method on every draw; a stage each, so that a kill loses at most the steps since the last checkpoint."""
-    from unfused.workflow import arms
+    from unfused.workflow import arms, label_arms
 
     propagated, literal = (arms.unfused_propagate, "pretrain"), (arms.unfused_literal, "distil")
     table = {  # and the last of the stages above that its result depends on
@@ -515,6 +556,7 @@ def _compare(
         "scratch": (arms.scratch, "windows"),
         "classic": (arms.classic, "windows"),
         "ceiling": (arms.ceiling, "windows"),
+        **{name: (arm, "pretrain") for name, arm in label_arms.ARMS.items()},
     }
     stage_keys = {result.name: result.key for result in run.results}
     outcomes: dict[str, list[dict[str, Any]]] = {}
@@ -530,6 +572,8 @@ def _compare(
                 "steps": {name: count for name, count in bench.steps.items() if name != "pretrain"},
                 "on": stage_keys[needed],
             }
+            if bench.templates is not None:
+                key["templates"] = list(bench.templates)
             if arm in (
                 arms.ceiling,
                 arms.unfused_propagate,

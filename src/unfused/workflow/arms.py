@@ -6,17 +6,19 @@ sees no label (teacher, features, clusters, the literal student) is computed onc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from unfused.data.files import BadFile, printable
 from unfused.train.data import ArrayDataset
 from unfused.workflow.modality import Corpus, Inputs, Modality
+
+if TYPE_CHECKING:
+    from unfused.workflow.foreign import Foreign
 
 LABEL_SMOOTHING = 0.1  # of every supervised stage, whatever the method
 CONFIDENCE = 0.6  # share that a cluster's most likely class must have for its members to be taught it
@@ -48,34 +50,17 @@ class Bench:
     truth: np.ndarray
     steps: dict[str, int]
     seed: int
-    teacher: Callable[[], Any] | None = None
+    teacher: Callable[[], Any] | None = None  # None: an encoder from elsewhere
+    foreign: Foreign | None = None
     features: Any = None  # (n_clips, d) of the teacher
     literal_student: Callable[[], Any] = lambda: None
     fit: Callable[..., Any] = lambda *args, **kwargs: None
+    templates: tuple[str, ...] | None = None  # sentences around the names of classes
     cache: dict[str, Any] = field(default_factory=dict)
 
     def augment(self) -> Any:
         """A new augmentation with no memory of earlier batches."""
         return self.modality.augment(self.inputs.normaliser)
-
-    def waveforms(self, rows: np.ndarray, sampling_rate: int, chunk: int = 16) -> Iterator[list[np.ndarray]]:
-        """The recordings themselves, decoded anew in chunks: for encoders with a front end of their own."""
-        from unfused.data.audio import decode
-
-        if self.modality.name != "audio":
-            raise ValueError(
-                "teacher: a transformers encoder can only teach recordings and texts; give an objective's name"
-            )
-        manifest = self.corpus.manifest
-
-        def read(path: str) -> np.ndarray:
-            try:
-                return decode(manifest.root / path, sampling_rate)
-            except BadFile as error:  # it was good when the run began
-                raise ValueError(f"{printable(path)}: {error.reason}; run the same command again") from None
-
-        for start in range(0, len(rows), chunk):
-            yield [read(manifest.paths[row]) for row in rows[start : start + chunk]]
 
     @property
     def classic_input(self) -> Any:
@@ -92,11 +77,13 @@ class Bench:
 
 @dataclass
 class Outcome:
-    """Class probabilities of every clip of the corpus, and the network that made them (None: not a network)."""
+    """Class probabilities of every clip of the corpus, and what made them: a network, an estimator on features, or neither."""
 
     probabilities: np.ndarray
     encoder: Any = None
     head: Any = None
+    estimator: Any = None
+    columns: list[int] | None = None  # the class of each column of its probabilities
     parameters: int = 0
     peak_mib: float = 0.0
     curves: dict[str, list[dict]] = field(default_factory=dict)
@@ -154,9 +141,9 @@ def _supervised(
         predict_clips(bench, objective.encoder, objective.head),
         objective.encoder,
         objective.head,
-        sum(p.numel() for p in objective.parameters()),
-        result.peak_mib,
-        {"fine-tune": result.history},
+        parameters=sum(p.numel() for p in objective.parameters()),
+        peak_mib=result.peak_mib,
+        curves={"fine-tune": result.history},
     )
 
 
@@ -319,9 +306,8 @@ def _fine_tune_foreign(bench: Bench, draw: Draw, folder: Path) -> Outcome:
 
     torch.manual_seed(draw.seed)
     rows = np.flatnonzero(draw.visible)
-    encoder, data, embedded = (_foreign_texts if bench.modality.name == "text" else _foreign_recordings)(
-        bench, rows, draw.labels[rows]
-    )
+    assert bench.foreign is not None
+    encoder, data, embedded = bench.foreign.trainable(rows, draw.labels[rows])
     objective = FineTune(encoder, len(bench.classes), label_smoothing=LABEL_SMOOTHING)
     result = bench.fit(
         objective,
@@ -340,44 +326,6 @@ def _fine_tune_foreign(bench: Bench, draw: Draw, folder: Path) -> Outcome:
         peak_mib=result.peak_mib,
         curves={"fine-tune": result.history},
     )
-
-
-def _foreign_recordings(bench: Bench, rows: np.ndarray, labels: np.ndarray) -> tuple[Any, Any, Iterator[Any]]:
-    """The encoder, the labelled clips as it takes them, and, when asked for, its embeddings of all clips."""
-    from unfused.nn.encoders import load_teacher
-
-    teacher = load_teacher(bench.cache["teacher"])
-    waveforms = next(bench.waveforms(rows, teacher.sampling_rate, len(rows)))
-    every = bench.waveforms(np.arange(len(bench.corpus)), teacher.sampling_rate)
-    embedded = (torch.from_numpy(teacher.embed_waveforms(chunk)) for chunk in every)
-    return teacher, WaveformDataset(teacher, waveforms, labels), embedded
-
-
-def _foreign_texts(bench: Bench, rows: np.ndarray, labels: np.ndarray) -> tuple[Any, Any, Iterator[Any]]:
-    """The same of texts."""
-    encoder, texts = bench.modality.trainable(bench.cache["teacher"]), bench.corpus.raw  # type: ignore[attr-defined]
-    data = ArrayDataset(
-        **encoder.prepare([texts[row] for row in rows.tolist()]), labels=torch.from_numpy(labels)
-    )
-    embedded = (
-        encoder.embed(**encoder.prepare(texts[start : start + 64])) for start in range(0, len(texts), 64)
-    )
-    return encoder, data, embedded
-
-
-class WaveformDataset(ArrayDataset):
-    """Labelled waveforms, cut at `seconds`, as batches of a transformers encoder's own inputs."""
-
-    def __init__(
-        self, teacher: Any, waveforms: list[np.ndarray], labels: np.ndarray, seconds: float = 5.0
-    ) -> None:
-        super().__init__(labels=torch.from_numpy(labels))
-        longest, shortest = int(seconds * teacher.sampling_rate), teacher.sampling_rate // 10
-        self.teacher = teacher
-        self.waveforms = [np.pad(w[:longest], (0, max(0, shortest - len(w)))) for w in waveforms]
-
-    def __getitems__(self, indices: Any) -> dict[str, Any]:
-        return super().__getitems__(indices) | self.teacher.prepare([self.waveforms[i] for i in indices])
 
 
 def scratch(bench: Bench, draw: Draw, folder: Path) -> Outcome:
@@ -433,7 +381,12 @@ def save_outcome(outcome: Outcome, folder: Path) -> dict[str, Any]:
     if outcome.encoder is not None:
         save_module(folder / "encoder.safetensors", outcome.encoder)
         save_module(folder / "head.safetensors", outcome.head)
+    if outcome.estimator is not None:
+        from unfused.data import estimator_io
+
+        estimator_io.save(outcome.estimator, folder / "estimator")
     return {
+        "columns": outcome.columns,
         "parameters": outcome.parameters,
         "peak_mib": outcome.peak_mib,
         "curves": outcome.curves,

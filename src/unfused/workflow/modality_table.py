@@ -14,7 +14,6 @@ from unfused.data.files import Quarantine, read_json, write_json
 from unfused.data.manifest import Manifest
 from unfused.data.records import Records
 from unfused.workflow.modality import Corpus, Inputs, _new_array
-from unfused.workflow.settings import TEACHERS
 
 __all__ = ["Rows"]
 
@@ -155,11 +154,6 @@ class Rows:
 
     def preview(self, path: Path) -> str | None:
         return None
-
-    def embed_with(self, teacher: str, corpus: Corpus) -> tuple[np.ndarray, int]:
-        raise ValueError(
-            f"teacher={teacher!r}: no pretrained encoder knows the columns of a table; give {', '.join(TEACHERS)}"
-        )
 
     def shown(self, corpus: Corpus, row: int) -> dict[str, str]:
         cells = [

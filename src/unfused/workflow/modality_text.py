@@ -156,29 +156,3 @@ class Text:
     def shown(self, corpus: Corpus, row: int) -> dict[str, str]:
         text = corpus.raw[row]
         return {self.column: text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"}
-
-    # --- pretrained encoders -----------------------------------------------------------------------------
-
-    def embed_with(self, teacher: str, corpus: Corpus) -> tuple[np.ndarray, int]:
-        """Features of a pretrained text model, and how many weights it has."""
-        tower = _tower(teacher)
-        blocks = [
-            tower.embed(corpus.raw[start : start + 1024], batch_size=32, bf16=False)
-            for start in range(0, len(corpus), 1024)
-        ]
-        return np.concatenate(blocks).astype(np.float32), sum(p.numel() for p in tower.model.parameters())
-
-    def trainable(self, teacher: str) -> Any:
-        """The same model to be fine-tuned."""
-        from unfused.nn.text_encoder import PretrainedTextEncoder
-
-        return PretrainedTextEncoder(_tower(teacher))
-
-
-def _tower(teacher: str) -> Any:
-    from unfused.nn import frozen
-
-    try:
-        return frozen.load(frozen.describe(teacher), "text")
-    except ValueError as error:
-        raise ValueError(str(error).replace("model=", "teacher=", 1)) from error

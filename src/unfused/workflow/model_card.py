@@ -66,6 +66,15 @@ _METHODS = {
     "labels (UnFuSeD as published)",
     "fine-tune": "an encoder is trained on the pool without labels and then fine-tuned on the labels",
     "scratch": "an encoder is trained on the labels alone, from random weights",
+    "zero-shot": "each item has the class whose name is nearest to it in the space that the encoder shares with texts",
+    "gda-clip": "Gaussians with one covariance on frozen features, weighed against the names of the classes where the encoder "
+    "reads them; without labels by expectation-maximisation from the names (GDA-CLIP, arXiv:2402.04087)",
+    "tfup": "a cache of the unlabelled items that are surest and most central votes together with the names or the means of "
+    "the classes, without training (TFUP, arXiv:2404.16339)",
+    "tfup-t": "two small adapters trained on the labels that such a cache gives (TFUP-T, arXiv:2404.16339)",
+    "ogen": "a small adapter on frozen features, regularised by synthetic features of unknown classes (OGEN, arXiv:2401.15914)",
+    "latent-label-shift": "classes found by how their shares differ between groups, named by the labels "
+    "(DDFA, arXiv:2207.13179)",
     "ceiling": "the student is trained on all true labels of the training items: a bound, not a method",
 }
 _METHODS["unfused-propagate"] = _METHODS["unfused"]
@@ -88,6 +97,7 @@ def model_card(
     settings: Mapping[str, Any],
     parameters: int | None = None,
     version: str | None = None,
+    network: bool = True,
 ) -> str:
     """The text of README.md.
 
@@ -107,6 +117,8 @@ def model_card(
         Number of weights.
     version : str, optional
         Of `unfused`; default: the one that runs.
+    network : bool, default=True
+        Whether the model is a network of transformers; else an estimator on frozen features.
 
     Examples
     --------
@@ -125,11 +137,11 @@ def model_card(
     modality = _MODALITY[task]
     things = wording.noun(modality)
     sections = [
-        _front_matter(name, task, method, data, methods, settings),
+        _front_matter(name, task, method, data, methods, settings, network),
         f"# {_escape(name)}",
         f"A classifier of {things} into {_classes(data)}, made by `unfused adapt` {version}"
         + _headline(methods.get(method), things),
-        _section("Use", _use(task)),
+        _section("Use", _use(task) if network else _use_estimator(modality)),
         _section("Data", _data(data, things, modality)),
         _section("Method", _method(method, method_text, settings, parameters)),
         _section("Evaluation", _evaluation(data, methods, settings, things, modality)),
@@ -159,6 +171,7 @@ def _front_matter(
     data: Mapping[str, Any],
     methods: Mapping[str, Mapping[str, Any]],
     settings: Mapping[str, Any],
+    network: bool,
 ) -> str:
     import yaml
 
@@ -166,7 +179,7 @@ def _front_matter(
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) is not None and not os.path.exists(source)
     dataset = source.split(":")[0] if on_hub else visible(name)
     meta: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "transformers" if network else "unfused",
         "pipeline_tag": task,
         "license": "unknown",  # of the data and so of the model: whoever publishes it knows
         "tags": ["unfused", "self-supervised-learning", "few-shot", task],
@@ -237,6 +250,17 @@ def _use(task: str) -> str:
         "The architecture's code lies in this folder, hence `trust_remote_code=True`; after `import "
         "unfused` it is not needed. On many files of any rate and length: "
         "`unfused predict MODEL *.wav --csv out.csv`."
+    )
+
+
+def _use_estimator(modality: str) -> str:
+    what = {"text": '["A text."]', "table": '"new.csv"', "image": '["picture.jpg"]', "audio": '["clip.wav"]'}[
+        modality
+    ]
+    return (
+        f'```python\nimport unfused\n\nprint(unfused.load(".").predict({what}))  # this folder\n```\n\nThe classifier lies in '
+        "`estimator.json` and safetensors, without a pickle; `unfused.label.load` gives it as a scikit-learn estimator on "
+        "features. On many items: `unfused predict MODEL ... --csv out.csv`."
     )
 
 

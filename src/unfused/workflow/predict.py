@@ -1,15 +1,18 @@
-"""A saved model on new files, texts or rows: read, cut, predict."""
+"""A saved model on new files, texts or rows: read, cut, predict, or embed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from unfused.data.files import BadFile, Quarantine
+
+if TYPE_CHECKING:
+    from unfused.workflow.estimators import AdaptedEstimator
 
 __all__ = ["AdaptedModel", "load"]
 
@@ -132,13 +135,29 @@ class AdaptedModel:
         -------
         ndarray of shape (len(paths), n_classes), float32
         """
+        return self._each(paths, quarantine, self._probabilities, len(self.classes))
+
+    def embed(self, paths: Any, quarantine: Quarantine | None = None) -> np.ndarray:
+        """What the linear head sees of each item, the mean over its windows; arguments as of `predict_proba`.
+
+        Returns
+        -------
+        ndarray of shape (len(paths), d), float32
+        """
+        return self._each(paths, quarantine, self._features, self._head().in_features)
+
+    def _each(
+        self, paths: Any, quarantine: Quarantine | None, run: Callable[..., np.ndarray], width: int
+    ) -> np.ndarray:
         if self.kind in ("text", "table"):
             if isinstance(paths, str | os.PathLike):
                 paths = self.read_table(paths, quarantine)[1]
-            return self._of_texts(paths, quarantine) if self.kind == "text" else self._of_rows(paths)
+            if self.kind == "text":
+                return self._of_texts(paths, quarantine, run, width)
+            return self._of_rows(paths, run, width)
         if isinstance(paths, str | os.PathLike):
             raise TypeError(f"paths={os.fspath(paths)!r} is one path: give a list of paths")
-        result = np.full((len(paths), len(self.classes)), np.nan, np.float32)
+        result = np.full((len(paths), width), np.nan, np.float32)
         for start in range(0, len(paths), 32):
             rows, items = [], []
             for row, path in enumerate(paths[start : start + 32], start):
@@ -150,7 +169,7 @@ class AdaptedModel:
                         raise ValueError(f"{os.fspath(path)}: {error.reason}") from None
                     quarantine.add(path, error.reason)
             if rows:
-                result[rows] = self._probabilities(items)
+                result[rows] = run(**self._batch(items))
         return result
 
     def predict(self, paths: Any) -> list[str]:
@@ -197,23 +216,22 @@ class AdaptedModel:
             cells[column["name"]] = [row[index] for row in records.rows]
         return records.ids, cells
 
-    def _of_rows(self, rows: Any) -> np.ndarray:
-        import torch
-
+    def _of_rows(self, rows: Any, run: Callable[..., np.ndarray], width: int) -> np.ndarray:
         encoded = self.model.encode(rows)
-        blocks = [np.empty((0, len(self.classes)), np.float32)]
-        with torch.inference_mode():
-            for start in range(0, len(encoded), 4096):
-                blocks.append(self.model(encoded[start : start + 4096]).logits.float().softmax(-1).numpy())
+        blocks = [np.empty((0, width), np.float32)]
+        for start in range(0, len(encoded), 4096):
+            blocks.append(run(input_values=encoded[start : start + 4096]))
         return np.concatenate(blocks)
 
-    def _of_texts(self, texts: Sequence[str], quarantine: Quarantine | None) -> np.ndarray:
+    def _of_texts(
+        self, texts: Sequence[str], quarantine: Quarantine | None, run: Callable[..., np.ndarray], width: int
+    ) -> np.ndarray:
         """Mean over a text's windows, as in training; blank ones have nothing to be told by."""
         import torch
 
         from unfused.nn.text_encoder import cut_texts
 
-        result = np.full((len(texts), len(self.classes)), np.nan, np.float32)
+        result = np.full((len(texts), width), np.nan, np.float32)
         window = int(getattr(self.model.config, "window", 128))
         for start in range(0, len(texts), 256):
             rows = []
@@ -228,15 +246,12 @@ class AdaptedModel:
                 continue
             found = list(cut_texts(self.processor, [texts[row] for row in rows], window))
             clip, ids = np.array([row for row, _ in found]), np.stack([piece for _, piece in found])
-            sums = np.zeros((len(rows), len(self.classes)), np.float32)
+            sums = np.zeros((len(rows), width), np.float32)
             for first in range(0, len(ids), 256):
                 batch = torch.from_numpy(ids[first : first + 256]).long()
                 batch = batch[:, : int((batch != self.processor.pad_token_id).sum(1).max())]
-                with torch.inference_mode():
-                    logits = self.model(
-                        batch, attention_mask=(batch != self.processor.pad_token_id).long()
-                    ).logits
-                np.add.at(sums, clip[first : first + 256], logits.float().softmax(-1).numpy())
+                mask = (batch != self.processor.pad_token_id).long()
+                np.add.at(sums, clip[first : first + 256], run(input_ids=batch, attention_mask=mask))
             result[rows] = sums / np.bincount(clip, minlength=len(rows))[:, None]
         return result
 
@@ -250,15 +265,59 @@ class AdaptedModel:
         size = self.processor.size
         return decode_image(path, size["height"] if "height" in size else size["shortest_edge"])
 
-    def _probabilities(self, items: list[Any]) -> np.ndarray:
+    def _batch(self, items: list[Any]) -> dict[str, Any]:
+        if self.kind == "audio":
+            return dict(
+                self.processor(items, sampling_rate=self.processor.sampling_rate, return_tensors="pt")
+            )
+        return dict(self.processor(list(items), return_tensors="pt", input_data_format="channels_first"))
+
+    def _probabilities(self, **batch: Any) -> np.ndarray:
         import torch
 
-        if self.kind == "audio":
-            batch = self.processor(items, sampling_rate=self.processor.sampling_rate, return_tensors="pt")
-        else:
-            batch = self.processor(list(items), return_tensors="pt", input_data_format="channels_first")
         with torch.inference_mode():
             return self.model(**batch).logits.float().softmax(-1).numpy()
 
+    def _features(self, **batch: Any) -> np.ndarray:
+        import torch
 
-load = AdaptedModel.load
+        seen: list[Any] = []
+        hook = self._head().register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0]))
+        try:
+            with torch.inference_mode():
+                self.model(**batch)
+        finally:
+            hook.remove()
+        found = seen[0].float()
+        if self.kind == "audio":  # windows of all clips, one after the other
+            from unfused.nn.audio_model import _mean_of_windows
+
+            found = _mean_of_windows(found, self.model._windows(**batch)[1])
+        return found.numpy()
+
+    def _head(self) -> Any:
+        import torch
+
+        return [part for part in self.model.classifier.modules() if isinstance(part, torch.nn.Linear)][-1]
+
+
+def load(folder: str | os.PathLike[str]) -> AdaptedModel | AdaptedEstimator:
+    """What `unfused adapt` or `unfused.label.save` wrote into a folder, ready to predict.
+
+    Parameters
+    ----------
+    folder : path
+        `runs/NAME/model`, or `runs/NAME`, or that of a saved estimator.
+
+    Raises
+    ------
+    ValueError
+        If there is neither.
+    """
+    path = Path(folder)
+    for place in (path, path / "model"):
+        if (place / "estimator.json").exists():
+            from unfused.workflow.estimators import AdaptedEstimator
+
+            return AdaptedEstimator.load(place)
+    return AdaptedModel.load(folder)

@@ -246,7 +246,10 @@ def _write_model(
     outcomes: dict[str, list[dict[str, Any]]],
     metrics: dict[str, Any],
 ) -> None:
-    """The network of the first method that is one, in Hugging Face format; written aside and put in place when whole."""
+    """The model of the first method that has one, written aside and put in place when whole.
+
+    A network in Hugging Face format; an estimator as arrays, with the encoder that makes its features or the name of it.
+    """
     import os
     import shutil
 
@@ -254,28 +257,67 @@ def _write_model(
 
     aside, final = path / ".model", path / "model"
     shutil.rmtree(aside, ignore_errors=True)
-    found = ((name, load_network(bench, rows[0]["folder"])) for name, rows in outcomes.items())
-    method, network = next(((name, network) for name, network in found if network), (None, None))
-    if method is None or network is None:
+    found = ((name, rows[0]["folder"], rows[0].get("columns")) for name, rows in outcomes.items())
+    kept = next(
+        (one for one in found if any((one[1] / n).exists() for n in ("encoder.safetensors", "estimator"))),
+        None,
+    )
+    if kept is None:
         shutil.rmtree(final, ignore_errors=True)  # that of an earlier command is not this one's
         return
-    model = bench.modality.classifier(*network, bench.classes)
-    with no_bars_of_transformers():
-        model.save_pretrained(aside)
-    if (processor := bench.modality.processor(bench.inputs.normaliser)) is not None:
-        processor.save_pretrained(aside)
+    method, folder, columns = kept
+    network = load_network(bench, folder)
+    parameters: int | None
+    if network is not None:
+        parameters = _write_network(bench, network, aside)
+    else:
+        parameters = _write_estimator(settings, bench, folder / "estimator", columns, aside)
     card = model_card(
         name=settings.name,
         task=bench.modality.task,
         method=method,
         metrics=metrics,
         settings=settings.to_dict(),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
+        network=network is not None,
     )
     with atomic_write(aside / "README.md") as file:
         file.write(card)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(aside, final)
+
+
+def _write_network(bench: Bench, network: tuple[Any, Any], folder: Path) -> int:
+    model = bench.modality.classifier(*network, bench.classes)
+    with no_bars_of_transformers():
+        model.save_pretrained(folder)
+    if (processor := bench.modality.processor(bench.inputs.normaliser)) is not None:
+        processor.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def _write_estimator(settings: Settings, bench: Bench, saved: Path, columns: Any, folder: Path) -> int | None:
+    import shutil
+
+    import torch
+
+    from unfused.workflow.estimators import AdaptedEstimator
+
+    shutil.copytree(saved, folder)
+    parameters = None
+    if bench.teacher is not None:  # its head is not used
+        encoder = bench.teacher()
+        parameters = _write_network(
+            bench, (encoder, torch.nn.Linear(encoder.embedding_dim, len(bench.classes))), folder / "encoder"
+        )
+    AdaptedEstimator.write(
+        folder,
+        bench.modality.name,
+        [bench.classes[column] for column in columns],
+        None if bench.teacher is not None else settings.teacher,
+        getattr(bench.modality, "column", None),
+    )
+    return parameters
 
 
 # --- report ----------------------------------------------------------------------------------------------

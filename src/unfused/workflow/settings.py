@@ -21,6 +21,22 @@ METHODS = (
     "classic",
     "ceiling",
 )
+LABEL_METHODS = (  # classifiers on frozen features, see `label_arms`
+    "zero-shot",
+    "gda-clip",
+    "tfup",
+    "tfup-t",
+    "ogen",
+    "latent-label-shift",
+    "list",
+)
+NOT_HERE = {  # of the label family, and why
+    "caps-adapter": "needs a captioner and a generator of pictures: `unfused.label.MAdapterClassifier` takes them",
+    "tabular-ncd": "finds classes that nobody has named: use `unfused.label.PBN` or `HiddenClassSearchCV`",
+    "unsupervised-prompt": "asks a black box, which is a function of yours: use `unfused.label.BlackBoxPromptLearner`",
+    "vision-therapy": "needs a second model that verifies: use `unfused.label.VisionTherapy`",
+}
+CLASSES_ALONE = ("gda-clip", "tfup", "zero-shot")  # the default methods where class names are given
 TEACHERS = ("contrastive", "decar", "delores-s", "delores-m", "slicer", "random")
 MODALITIES = ("auto", "audio", "image", "text", "table")
 NUMBERS = (
@@ -46,6 +62,8 @@ class Settings:
     modality: str = "auto"
     text_column: str | None = None
     target: str | None = None
+    classes: tuple[str, ...] | None = None
+    templates: tuple[str, ...] | None = None
     method: tuple[str, ...] = ("unfused", "classic")
     teacher: str = "contrastive"
     clusters: str = "auto"
@@ -65,6 +83,7 @@ class Settings:
     def __post_init__(self) -> None:
         parts = self.method.split(",") if isinstance(self.method, str) else self.method
         self.method = tuple(dict.fromkeys(name for part in parts if (name := str(part).strip())))
+        self._check_classes()
         # YAML and Python callers may give numbers and paths: one spelling, one fingerprint
         self.clusters = str(self.clusters)
         for name in ("labels", "test", "teacher", "output", "text_column", "target"):
@@ -77,15 +96,18 @@ class Settings:
             if (value := getattr(self, name)) is not None:
                 if isinstance(value, bool) or not isinstance(value, Integral):
                     raise TypeError(f"{name}={value!r} must be a whole number")
-                least = 0 if name == "seed" else 1
+                least = 0 if name == "seed" or (name == "labels_per_class" and self.classes) else 1
                 if value < least:
                     raise ValueError(f"{name}={value} must be at least {least}")
                 setattr(self, name, int(value))
         for name in self.method:
-            if name not in METHODS:
-                raise ValueError(f"method={name!r} is not known: give one or more of {', '.join(METHODS)}")
+            if name in NOT_HERE:
+                raise ValueError(f"method={name!r} {NOT_HERE[name]}")
+            if name not in METHODS + LABEL_METHODS:
+                known = ", ".join(METHODS + LABEL_METHODS)
+                raise ValueError(f"method={name!r} is not known: give one or more of {known}")
         if not self.method:
-            raise ValueError(f"method is empty: give one or more of {', '.join(METHODS)}")
+            raise ValueError(f"method is empty: give one or more of {', '.join(METHODS + LABEL_METHODS)}")
         if self.clusters != "auto":
             try:
                 count = int(self.clusters)
@@ -98,10 +120,34 @@ class Settings:
         if not re.fullmatch(r"[\w .+=@-]+", self.name) or self.name.strip(". ") == "":
             raise ValueError(f"name={self.name!r}: letters, digits, '.', '_' and '-' make a folder's name")
 
+    def _check_classes(self) -> None:
+        for name in ("classes", "templates"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            # names on the command line are separated by commas; a sentence may hold one
+            parts = (
+                (value.split(",") if name == "classes" else [value])
+                if isinstance(value, str)
+                else list(value)
+            )
+            if not all(isinstance(part, str) for part in parts):
+                raise TypeError(f"{name}={value!r}: give texts")
+            parts = [part.strip() for part in parts]
+            if not all(parts) or len(set(parts)) < len(parts):
+                raise ValueError(f"{name}={value!r}: each must be there once, and none may be empty")
+            setattr(self, name, tuple(parts))
+        if self.classes is not None and len(self.classes) < 2:
+            raise ValueError(f"classes={list(self.classes)}: give at least two names, separated by commas")
+        for template in self.templates or ():
+            if "{}" not in template:
+                raise ValueError(f"templates: {template!r} needs a {{}} where the name of the class goes")
+
     def to_dict(self) -> dict[str, Any]:
-        """As in `config.yaml`; what only tables have is left out of it elsewhere."""
-        given = {k: v for k, v in asdict(self).items() if v is not None or k not in ("text_column", "target")}
-        return {**given, "method": list(self.method)}
+        """As in `config.yaml`; what only some runs have is left out of others."""
+        rare = ("text_column", "target", "classes", "templates")
+        given = {k: v for k, v in asdict(self).items() if v is not None or k not in rare}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
 
     def write(self, path: Path) -> None:
         import yaml

@@ -46,7 +46,8 @@ def pretrain(bench: Bench, teacher: str, folder: Path) -> dict[str, Any]:
     from unfused.train.checkpoint import save_module
 
     if teacher not in TEACHERS:
-        features, parameters = _external_features(bench, teacher)
+        assert bench.foreign is not None
+        features, parameters = bench.foreign.features()
         np.save(folder / "features.npy", features)
         return {"parameters": parameters, "dim": features.shape[1]}
     torch.manual_seed(bench.seed)
@@ -99,21 +100,8 @@ def _queue_size(items: int, batch: int) -> int:
     return max(1, min(65536, items // 2) // batch) * batch
 
 
-def _external_features(bench: Bench, teacher: str) -> tuple[np.ndarray, int]:
-    """Clip features of a transformers encoder; the files are decoded again, since it has a front end of its own."""
-    from unfused.nn.encoders import load_teacher
-
-    if hasattr(bench.modality, "embed_with"):
-        return bench.modality.embed_with(teacher, bench.corpus)
-    model = load_teacher(teacher)
-    chunks = bench.waveforms(np.arange(len(bench.corpus)), model.sampling_rate)
-    features = np.concatenate([model.embed_waveforms(chunk) for chunk in chunks])
-    return features.astype(np.float32), sum(p.numel() for p in model.parameters())
-
-
 def attach_teacher(bench: Bench, teacher: str, folder: Path) -> None:
     bench.features = np.load(folder / "features.npy")
-    bench.cache["teacher"] = teacher
     if teacher in TEACHERS:
 
         def load() -> Any:
