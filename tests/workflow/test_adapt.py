@@ -406,7 +406,7 @@ def test_every_teacher_of_pictures(tmp_path, adapt_tiny, teacher):
 
 def test_teacher_of_another_kind(tmp_path, adapt_tiny, wav2vec):
     corpora.write_pictures(tmp_path / "pictures")
-    with pytest.raises(ValueError, match="teacher=.*reads audio"):
+    with pytest.raises(ValueError, match=r"teacher=.*reads audio"):
         adapt_tiny(tmp_path / "pictures", teacher=wav2vec)
 
 
