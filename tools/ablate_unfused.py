@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -64,21 +64,25 @@ def warm() -> Iterator[None]:
     """The student begins as a copy of the teacher instead of fresh."""
     from unfused.workflow import arms, unlabelled
 
-    def started(make: Callable[..., Any], bench: Any, *rest: Any) -> Any:
-        copy = bench.teacher()
+    def started(make: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(make)  # a stage is known by the name of what computes it
+        def run(bench: Any, *rest: Any) -> Any:
+            copy = bench.teacher()
 
-        def encoder(self: Audio) -> Any:
-            fresh = plain(self)
-            fresh.load_state_dict(copy.state_dict())
-            return fresh
+            def encoder(self: Audio) -> Any:
+                fresh = plain(self)
+                fresh.load_state_dict(copy.state_dict())
+                return fresh
 
-        plain = Audio.encoder
-        with patch.object(Audio, "encoder", encoder):
-            return make(bench, *rest)
+            plain = Audio.encoder
+            with patch.object(Audio, "encoder", encoder):
+                return make(bench, *rest)
+
+        return run
 
     with (
-        patch.object(arms, "unfused_propagate", partial(started, arms.unfused_propagate)),
-        patch.object(unlabelled, "distil", partial(started, unlabelled.distil)),
+        patch.object(arms, "unfused_propagate", started(arms.unfused_propagate)),
+        patch.object(unlabelled, "distil", started(unlabelled.distil)),
     ):
         yield
 
