@@ -6,9 +6,9 @@ not, so that any mixture of the states can be judged on every task.
 - `digit_domains`: one question (which digit) and one head; eight domains that change scikit-learn's digits (turned left or
   right, sheared, moved down or aside, negative, half of the pixels swapped, over a background). The base has seen all of them
   at up to 0.7 of their strength.
-- `picture_tasks`: nine tasks of real pictures, as far as they are found: vehicles and animals of CIFAR-10, characters of five
-  of Omniglot's alphabets, scikit-learn's digits, spectrograms of FSDD's spoken digits. The base and the nine heads were
-  trained jointly and briefly on one part of each, the fine-tunings see another part (other drawers, another voice).
+- `picture_tasks`: nine tasks of real pictures, where they are found: vehicles and animals of CIFAR-10, twelve characters
+  of five of Omniglot's alphabets each, scikit-learn's digits, spectrograms of FSDD's spoken digits. Base and heads were
+  trained jointly on a small part of each, the fine-tunings see another part (other drawers, other voices).
 
     world = digit_domains(lab)
     world.base, world.tuned("negative", seed=0)      # state dicts of the encoder: theta_0, theta_i
@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from unfused.claims.lab.photos import photo_parts
 from unfused.claims.lab.tuning import Task, classification, tune
-from unfused.claims.lab.vision import digit_parts, pixel_values
+from unfused.claims.lab.vision import augment, digit_parts, pixel_values
 from unfused.claims.lab.worlds import Absent
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ __all__ = [
     "State",
     "change_digits",
     "digit_domains",
+    "photo_task",
     "picture_tasks",
     "state_hash",
 ]
@@ -105,6 +106,8 @@ class FineTunings:
         By task.
     steps, lr : int, float
         Of a fine-tuning: AdamW without decay, batches of 64, cosine to 0.
+    views : int
+        Of each training picture: itself and others a little turned, scaled and moved.
     """
 
     lab: Lab
@@ -116,6 +119,7 @@ class FineTunings:
     make: Callable[[], nn.Module] = field(repr=False)
     steps: int = 100
     lr: float = 1e-3
+    views: int = 1
 
     def encoder(self, state: Mapping[str, Tensor] | None = None) -> nn.Module:
         """A fresh ViT with this state, by default the base, in eval mode."""
@@ -156,10 +160,17 @@ class FineTunings:
 
         def compute() -> State:
             model = self.model(task)
-            tune(model, self.task(task, seed), lr=self.lr, steps=self.steps, seed=seed)
+            train = self.task(task, seed).train
+            views = [train["pixel_values"]]
+            if self.views > 1:
+                generator = torch.Generator().manual_seed(seed)
+                views += [_view(views[0], generator) for _ in range(self.views - 1)]
+            data = {"pixel_values": torch.cat(views), "labels": train["labels"].repeat(self.views)}
+            tune(model, data, lr=self.lr, steps=self.steps, seed=seed)
             return dict(model.encoder.state_dict())
 
-        params = {"task": task, "seed": seed, "steps": self.steps, "lr": self.lr, "base": self.fingerprint}
+        params = {"task": task, "seed": seed, "steps": self.steps, "lr": self.lr, "views": self.views}
+        params["base"] = self.fingerprint
         return self.lab.cached(f"tuned-{self.name}-{task}".replace(" ", "-"), params, compute)
 
     def judge(self, task: str, state: Mapping[str, Tensor], seed: int = 0) -> dict[str, float]:
@@ -268,13 +279,13 @@ def picture_tasks(lab: Lab) -> FineTunings:
         Where CIFAR-10, Omniglot or FSDD is not in the lab's data folder.
     """
     parts = {**_photo_tasks(lab), **_alphabets(lab), "digits": _plain_digits(lab), "spoken": _spoken(lab)}
-    steps = lab.pick(smoke=9, desk=900)
+    steps = lab.pick(smoke=9, desk=1200)
     contents = state_hash({f"{task}.{part}": x for task, p in parts.items() for part, (x, _) in p.items()})
     sizes = {task: int(max(labels.max() for _, labels in p.values())) + 1 for task, p in parts.items()}
 
     def pretrain() -> dict[str, Any]:
         data = {task: _batch(*p["pretrain"]) for task, p in parts.items()}
-        return _pretrain(lambda: _vit(SIDE, 8, 3), sizes, data, steps)
+        return _pretrain(lambda: _vit(SIDE, 8, 3), sizes, data, steps, views=True)
 
     found = lab.cached("fine-tunings-pictures", {"steps": steps, "data": contents}, pretrain)
     heads = {task: _head(found["heads"][task]) for task in parts}
@@ -286,7 +297,43 @@ def picture_tasks(lab: Lab) -> FineTunings:
         heads,
         parts,
         lambda: _vit(SIDE, 8, 3),
-        lab.pick(smoke=3, desk=120),
+        lab.pick(smoke=3, desk=240),
+        views=4,
+    )
+
+
+def photo_task(lab: Lab, seed: int, per_class: int = 50) -> Task:
+    """What ten kinds of photographs show, from the part of CIFAR-10 whose labels `picture_tasks`' base has not seen.
+
+    Parameters
+    ----------
+    lab : Lab
+    seed : int
+    per_class : int, default=50
+        So many train and as many others validate.
+    """
+    parts = _photo_tasks(lab)
+    kinds = {
+        "vehicles": torch.tensor(VEHICLES),
+        "animals": torch.tensor(sorted(set(range(10)) - set(VEHICLES))),
+    }
+    joined = {
+        part: (
+            torch.cat([parts[name][part][0] for name in kinds]),
+            torch.cat([kind[parts[name][part][1]] for name, kind in kinds.items()]),
+        )
+        for part in ("pool", "test")
+    }
+    images, labels = joined["pool"]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    few = min(per_class, int(labels.bincount(minlength=10).min()) // 2)
+    of_class = [order[labels[order] == label] for label in range(10)]
+    train, valid = (torch.cat([rows[cut] for rows in of_class]) for cut in (slice(few), slice(few, 2 * few)))
+    return Task(
+        _batch(images[train], labels[train]),
+        _batch(images[valid], labels[valid]),
+        _batch(*joined["test"]),
+        10,
     )
 
 
@@ -297,7 +344,7 @@ def _photo_tasks(lab: Lab) -> dict[str, Parts]:
     for name, chosen in {"vehicles": VEHICLES, "animals": tuple(set(range(10)) - set(VEHICLES))}.items():
         kinds = torch.tensor(sorted(chosen))
         rows = order[torch.isin(every["train"][1][order], kinds)]
-        spans = {"pretrain": ("train", rows[: len(rows) // 2]), "pool": ("train", rows[len(rows) // 2 :])}
+        spans = {"pretrain": ("train", rows[: len(rows) // 5]), "pool": ("train", rows[len(rows) // 5 :])}
         spans["test"] = ("test", torch.isin(every["test"][1], kinds).nonzero()[:, 0])
         found[name] = {
             part: (every[source][0][keep], torch.searchsorted(kinds, every[source][1][keep]))
@@ -307,16 +354,16 @@ def _photo_tasks(lab: Lab) -> dict[str, Parts]:
 
 
 def _alphabets(lab: Lab) -> dict[str, Parts]:
-    """Which character of an alphabet; drawings 1-6 pretrain, 7-14 are the pool, 15-20 test."""
+    """Which character of an alphabet; drawings 1-4 pretrain, 5-15 are the pool, 16-20 test."""
     folder = lab.data_dir / "images" / "omniglot" / "images_background_small1" if lab.data_dir else None
     if folder is None or not folder.is_dir():
         raise Absent(
             f"omniglot: {folder or 'no data folder'} is not here; give --data DIR or set UNFUSED_DATA"
         )
     found: dict[str, Parts] = {}
-    for name, (images, labels) in _drawings(folder, 3 if lab.scale == "smoke" else None).items():
+    for name, (images, labels) in _drawings(folder, 3 if lab.scale == "smoke" else 12).items():
         drawer = torch.arange(len(labels)) % 20
-        spans = {"pretrain": drawer < 6, "pool": (drawer >= 6) & (drawer < 14), "test": drawer >= 14}
+        spans = {"pretrain": drawer < 4, "pool": (drawer >= 4) & (drawer < 15), "test": drawer >= 15}
         found[name.lower().replace("_", " ")] = {
             part: (images[keep], labels[keep]) for part, keep in spans.items()
         }
@@ -324,7 +371,7 @@ def _alphabets(lab: Lab) -> dict[str, Parts]:
 
 
 @cache
-def _drawings(folder: Path, characters: int | None) -> dict[str, tuple[Tensor, Tensor]]:
+def _drawings(folder: Path, characters: int) -> dict[str, tuple[Tensor, Tensor]]:
     import numpy as np
     from PIL import Image
 
@@ -343,11 +390,22 @@ def _drawings(folder: Path, characters: int | None) -> dict[str, tuple[Tensor, T
 
 
 def _plain_digits(lab: Lab) -> Parts:
-    found = {}
-    for part, (images, labels) in digit_parts(lab).items():
-        large = F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False)
-        found[part] = (pixel_values(large).repeat(1, 3, 1, 1), labels)
-    return found
+    parts = digit_parts(lab)
+    (first, first_labels), (pool, pool_labels) = parts["pretrain"], parts["pool"]
+    spans = {
+        "pretrain": (first[:150], first_labels[:150]),
+        "pool": (torch.cat([first[150:], pool]), torch.cat([first_labels[150:], pool_labels])),
+        "test": parts["test"],
+    }
+    return {
+        part: (
+            pixel_values(F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False)).repeat(
+                1, 3, 1, 1
+            ),
+            labels,
+        )
+        for part, (images, labels) in spans.items()
+    }
 
 
 def _spoken(lab: Lab) -> Parts:
@@ -382,6 +440,10 @@ def _batch(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": images, "labels": labels}
 
 
+def _view(images: Tensor, generator: torch.Generator) -> Tensor:
+    return pixel_values(augment((images + 1) / 2, generator))
+
+
 def _head(state: Mapping[str, Tensor]) -> nn.Linear:
     head = nn.Linear(state["weight"].shape[1], len(state["bias"]))
     head.load_state_dict(dict(state))
@@ -406,6 +468,7 @@ def _pretrain(
     sizes: Mapping[str, int],
     data: Mapping[str, Mapping[str, Tensor]],
     steps: int,
+    views: bool = False,
 ) -> dict[str, Any]:
     """Encoder and heads after AdamW at 1e-3, 5 % warm-up, cosine to 0, in batches of 64 of one task after another."""
     with torch.random.fork_rng(devices=[]):
@@ -417,11 +480,13 @@ def _pretrain(
             optimizer,
             lambda step: min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps)),
         )
-        names = list(data)
+        names, generator = list(data), torch.Generator().manual_seed(0)
         for step in range(steps):
             batch = data[names[step % len(names)]]
             rows = torch.randint(len(batch["labels"]), (64,))
-            loss = model(names[step % len(names)], batch["pixel_values"][rows], batch["labels"][rows])
+            images = batch["pixel_values"][rows]
+            images = _view(images, generator) if views else images
+            loss = model(names[step % len(names)], images, batch["labels"][rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
