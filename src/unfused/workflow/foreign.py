@@ -203,4 +203,7 @@ def _named_teacher(ask: Any) -> Any:
     try:
         return ask()
     except ValueError as error:
-        raise ValueError(str(error).replace("model=", "teacher=", 1)) from error
+        said = str(error)
+        if said.startswith("modality="):  # what it reads instead
+            said = f"teacher={said.partition(': ')[2]}, which these items are not"
+        raise ValueError(said.replace("model=", "teacher=", 1)) from error
