@@ -279,7 +279,7 @@ def picture_tasks(lab: Lab) -> FineTunings:
         Where CIFAR-10, Omniglot or FSDD is not in the lab's data folder.
     """
     parts = {**_photo_tasks(lab), **_alphabets(lab), "digits": _plain_digits(lab), "spoken": _spoken(lab)}
-    steps = lab.pick(smoke=9, desk=1200)
+    steps = lab.pick(smoke=9, desk=1800)
     contents = state_hash({f"{task}.{part}": x for task, p in parts.items() for part, (x, _) in p.items()})
     sizes = {task: int(max(labels.max() for _, labels in p.values())) + 1 for task, p in parts.items()}
 
