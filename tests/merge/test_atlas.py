@@ -439,6 +439,24 @@ def test_coefficients_are_kept_with_their_base(world, tmp_path):
         atlas.load_coefficients(tmp_path / "none")
 
 
+def test_engine_merges_by_a_file_of_coefficients(world, tmp_path):
+    from unfused.merge._engine import merge
+
+    base, models = world
+    composed = atlas.TaskVectorModel(base, models, partitions=3)
+    nn.init.normal_(composed.values)
+    path = str(tmp_path / "lambda.safetensors")
+    atlas.save_coefficients(path, composed)
+    state, states = base.state_dict(), [m.state_dict() for m in models]
+    found = merge("atlas", state, states, coefficients=path)
+    for name, value in composed.merged_state().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="is not the tensor"):
+        merge("atlas", states[0], states, coefficients=path)
+    with pytest.raises(ValueError, match="are those of 3 models, 2 are given"):
+        merge("atlas", state, states[:2], coefficients=path)
+
+
 def test_mistakes_are_named(world):
     base, models = world
     state = models[1].state_dict()

@@ -290,6 +290,47 @@ def test_block_names():
     assert block_of("embeddings.cls_token") == "embeddings" and block_of("0.weight") == "0"
 
 
+# -- as the engine calls them --------------------------------------------------------------------------------------------
+
+
+def test_engine_and_python_agree(tmp_path, monkeypatch):
+    from unfused.merge._engine import merge
+
+    models = near(net(), 4)
+    (tmp_path / "my_scores.py").write_text(
+        "import torch\n"
+        "def score(state):\n"
+        "    return -float(state['2.bias'].abs().sum())\n"
+        "def data():\n"
+        "    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))\n"
+        "    generator = torch.Generator().manual_seed(0)\n"
+        "    x = torch.randn(30, 6, generator=generator)\n"
+        "    return model, [(x, torch.randint(3, (30,), generator=generator))]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import my_scores
+
+    wanted = {
+        "uniform-soup": (uniform_soup(models), {}),
+        "greedy-soup": (greedy_soup(models, my_scores.score).state_dict, {"score": "my_scores:score"}),
+        "learned-soup": (
+            learned_soup(*(lambda model, batches: (model, models, batches))(*my_scores.data())).state_dict,
+            {"data": "my_scores:data"},
+        ),
+    }
+    for method, (state, options) in wanted.items():
+        found = merge(method, None, models, **options)
+        for name, value in state.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    for score, message in (
+        ("my_scores", "give module:function"),
+        ("my_scores:no", "has no no"),
+        ("no_such_module:f", "no_such_module"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge("greedy-soup", None, models, score=score)
+
+
 # -- gap and batch norms -----------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ with them tensor by tensor. The paper's script for test-time adaptation trusts e
 labels; here the described method runs, its last epoch is kept, and fixed pseudo-labels are an objective of their own.
 
 Reference: Knowledge Composition using Task Vectors with Learned Anisotropic Scaling, NeurIPS 2024, arXiv:2407.02880.
-Needs: checkpoints, a base model; few labels or unlabelled data, gradients.
+Needs: checkpoints, few labels or unlabelled data, gradients.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ more than 100 models in half precision), and rounded once.
 
 Reference: Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time,
 ICML 2022, arXiv:2203.05482.
-Needs: checkpoints; labels (greedy and learned).
+Needs: checkpoints, labels.
 """
 
 from __future__ import annotations
