@@ -385,3 +385,16 @@ def test_an_input_that_shrinks_while_it_is_read(family, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"ends inside tensor '.*': it was cut while in use"):
         merge_to_folder("linear", None, folders, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("slug", ["ties", "slerp", "dare"])
+def test_large_tensors_are_read_one_model_after_the_other(family, tmp_path, slug, monkeypatch):
+    base, models, folders = family
+    given = (None, models[:2]) if slug == "slerp" else (base, models)
+    want = merge(slug, *given)
+    monkeypatch.setattr(_engine, "LARGE", 4)
+    paths = (None, folders[1:3]) if slug == "slerp" else (folders[0], folders[1:])
+    equal(read(merge_to_folder(slug, *paths, tmp_path / "out")), want)
+    spoil(family, FC, torch.full((8, 6), float("nan")))
+    with pytest.raises(ValueError, match=rf"Y/model.safetensors: tensor '{FC}' holds NaN"):
+        merge_to_folder(slug, *paths, tmp_path / "bad")

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +43,9 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+LARGE = 1 << 23
+"""Elements of a piece above which inputs are read one after the other: only methods that see whole tensors have such."""
+
 _NOT_KEPT = {
     "adapter_config.json",
     "all_results.json",
@@ -252,24 +255,31 @@ class _Merge:
         splits = "elements" if item.source is not None else self.method.split(self.parameters(item.name))
         return pieces(item.shape, splits)
 
-    def read(self, item: Item, piece: Piece) -> list[Tensor]:
-        """The piece of every input that has a part in it, the base first."""
+    def read(self, item: Item, piece: Piece) -> Sequence[Tensor]:
+        """The piece of every input that has a part in it, the base first; large ones are read when they are asked for."""
         if item.source is not None:
-            wanted: Iterable[Source] = [item.source]
+            wanted: list[Source] = [item.source]
         else:
             wanted = [*([self.base] if self.base is not None else []), *self.models]
+        if item.source is None and piece.stop - piece.start > LARGE:
+            return _OnDemand(wanted, item, piece)
         return [source.read(item.name, piece.start, piece.stop).view(piece.shape) for source in wanted]
 
-    def compute(self, item: Item, piece: Piece, inputs: list[Tensor]) -> Tensor:
+    def compute(self, item: Item, piece: Piece, inputs: Sequence[Tensor]) -> Tensor:
         """The merged piece, flat, in the result's type."""
         if item.source is not None:
             return inputs[0].reshape(-1).to(item.dtype)
         # Where a method is elementwise, a NaN comes through it: one look at the result is enough.
         elementwise = self.method.split(self.parameters(item.name)) == "elements"
-        if not elementwise and not all(_finite(tensor) for tensor in inputs):
+        lazy = isinstance(inputs, _OnDemand)  # which looks at each tensor as it is read
+        if not elementwise and not lazy and not all(_finite(tensor) for tensor in inputs):
             return self._not_finite(item, inputs)
-        base, tensors = (inputs[0], inputs[1:]) if self.base is not None else (None, inputs)
-        found = self.method.call(item.name, base, tensors, self.parameters(item.name))
+        try:
+            base, tensors = (inputs[0], inputs[1:]) if self.base is not None else (None, inputs)
+            found = self.method.call(item.name, base, tensors, self.parameters(item.name))
+        except _NotFinite:
+            sources = [*([self.base] if self.base is not None else []), *self.models]
+            return self._not_finite(item, [source[item.name] for source in sources])
         if found.shape != piece.shape:
             raise ValueError(
                 f"{self.method.slug} gave {tuple(found.shape)} for tensor {item.name!r} of {piece.shape}: a fault of the method"
@@ -283,7 +293,7 @@ class _Merge:
             )
         return out
 
-    def _not_finite(self, item: Item, inputs: list[Tensor]) -> Tensor:
+    def _not_finite(self, item: Item, inputs: Sequence[Tensor]) -> Tensor:
         sources = [*([self.base] if self.base is not None else []), *self.models]
         for source, tensor in zip(sources, inputs, strict=True):
             if bool(tensor.isnan().any()):
@@ -313,7 +323,7 @@ class _Merge:
             for shard in left:
                 work = [(items[n], piece) for n in shard.tensors for piece in self.pieces(items[n])]
                 with writer.open(shard) as stream:
-                    ahead: Future[list[Tensor]] | None = None
+                    ahead: Future[Sequence[Tensor]] | None = None
                     writing: Future[None] | None = None
                     for i, (item, piece) in enumerate(work):
                         inputs = self.read(item, piece) if ahead is None else ahead.result()
@@ -328,6 +338,30 @@ class _Merge:
                     if writing is not None:
                         writing.result()
         writer.finish()
+
+
+class _NotFinite(Exception):
+    pass
+
+
+class _OnDemand(Sequence[Tensor]):
+    """Whole tensors of many entries, one in memory at a time where the method takes one after the other."""
+
+    def __init__(self, sources: Sequence[Source], item: Item, piece: Piece) -> None:
+        self.sources, self._item, self._piece = sources, item, piece
+        self.dtypes = [source.layout[item.name][0] for source in sources]
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _OnDemand(self.sources[index], self._item, self._piece)
+        piece = self._piece
+        tensor = self.sources[index].read(self._item.name, piece.start, piece.stop).view(piece.shape)
+        if not _finite(tensor):
+            raise _NotFinite
+        return tensor
 
 
 def _finite(tensor: Tensor) -> bool:

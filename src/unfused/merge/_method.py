@@ -119,9 +119,9 @@ class MergeMethod:
         parameters: Mapping[str, Any],
     ) -> torch.Tensor:
         """Merge one tensor (or a piece of it): inputs of any floating type, float32 or float64 out."""
-        wide = torch.float32
-        if any(t.dtype == torch.float64 for t in (*tensors, *([] if base is None else [base]))):
-            wide = torch.float64
+        kinds = getattr(tensors, "dtypes", None) or [tensor.dtype for tensor in tensors]
+        both = torch.float64 in kinds or (base is not None and base.dtype == torch.float64)
+        wide = torch.float64 if both else torch.float32
         if base is not None:
             base = base.to(wide)
         more = {}

@@ -223,17 +223,21 @@ def add_scaled(base: Tensor, deltas: Iterable[Tensor], scales: Sequence[float]) 
 def _elected(base: Tensor, deltas: Iterable[Tensor], weights: Sequence[float], normalize: bool) -> Any:
     """Per entry the sum (or mean) of the changes whose sign is that of the sum, in one pass over the models."""
     up, down = torch.zeros_like(base), torch.zeros_like(base)
-    up_weight, down_weight = torch.zeros_like(base), torch.zeros_like(base)
+    alike = len(set(weights)) == 1 and len(weights) < 256  # then it is enough to count, in a byte each
+    kind, factor = (torch.uint8, 1) if alike else (base.dtype, None)
+    up_weight, down_weight = (torch.zeros_like(base, dtype=kind) if normalize else None for _ in range(2))
     for delta, weight in zip(deltas, weights, strict=True):
-        delta = delta * weight
+        delta = delta * weight if weight != 1 else delta
         up.add_(delta.clamp(min=0))
         down.add_(delta.clamp(max=0))
-        if normalize:
-            up_weight.add_((delta > 0).to(base.dtype).mul_(weight))
-            down_weight.add_((delta < 0).to(base.dtype).mul_(weight))
+        if up_weight is not None and down_weight is not None:
+            up_weight.add_((delta > 0).to(kind).mul_(factor or weight))
+            down_weight.add_((delta < 0).to(kind).mul_(factor or weight))
     positive = up + down >= 0
     out = torch.where(positive, up, down)
-    if normalize:
-        weight_of = torch.where(positive, up_weight, down_weight)
+    if up_weight is not None and down_weight is not None:
+        weight_of = torch.where(positive, up_weight, down_weight).to(base.dtype)
+        if alike:
+            weight_of.mul_(weights[0])
         out.div_(torch.where(weight_of == 0, 1.0, weight_of))
     return out
