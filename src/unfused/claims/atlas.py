@@ -192,6 +192,14 @@ def _shuffled(world: FineTunings, models: list[State]) -> list[State]:
     return found
 
 
+def _task(lab: Lab, world: FineTunings, name: str, seed: int, shots: int | None = None) -> Task:
+    task = world.task(name, seed, shots)
+    if lab.scale != "smoke":
+        return task
+    valid, test = ({n: x[:40] for n, x in part.items()} for part in (task.valid, task.test))
+    return Task(task.train, valid, test, task.num_labels)
+
+
 def _output(world: FineTunings, task: str) -> Callable[[Any], Tensor]:
     head = world.heads[task]
     return lambda out: head(out.last_hidden_state[:, 0])
@@ -207,10 +215,7 @@ def _batches(data: Batch, size: int = 128) -> list[Batch]:
 
 def _few_shot(lab: Lab, world: FineTunings, target: str, shots: int, seed: int) -> dict[str, float]:
     def compute() -> dict[str, float]:
-        task = world.task(target, seed, shots)
-        if lab.scale == "smoke":
-            valid, test = ({name: x[:40] for name, x in part.items()} for part in (task.valid, task.test))
-            task = Task(task.train, valid, test, task.num_labels)
+        task = _task(lab, world, target, seed, shots)
         library = _library(lab, world, without=target)
         noise = _shuffled(world, library)
         steps = lab.pick(smoke=2, desk=STEPS)
@@ -328,10 +333,14 @@ def _on_features(
 def _addition(lab: Lab, world: FineTunings, seed: int) -> dict[str, float]:
     def compute() -> dict[str, float]:
         names = world.tasks[:2] if lab.scale == "smoke" else world.tasks
-        every = {name: world.task(name, seed) for name in names}
+        every = {name: _task(lab, world, name, seed) for name in names}
         size = max(8, 128 // len(names))
+
+        def judge(name: str, state: State) -> dict[str, float]:
+            return classification(world.model(name, state), every[name])
+
         models = _library(lab, world)
-        tuned = {name: world.judge(name, world.tuned(name), seed) for name in names}
+        tuned = {name: judge(name, world.tuned(name)) for name in names}
         valid: dict[str, list[Batch]] = {}
         for name in names:
             rows = torch.randperm(
@@ -342,7 +351,7 @@ def _addition(lab: Lab, world: FineTunings, seed: int) -> dict[str, float]:
         epochs = max(1, lab.pick(smoke=1, desk=60) // min(map(len, valid.values())))
 
         def score(state: State, part: str) -> float:
-            found = [world.judge(name, state, seed)[part] / max(tuned[name][part], 1e-6) for name in names]
+            found = [judge(name, state)[part] / max(tuned[name][part], 1e-6) for name in names]
             return float(np.mean(found))
 
         def learned(per: str, lr: float, objective: str) -> State:

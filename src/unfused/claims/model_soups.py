@@ -152,7 +152,7 @@ def _pictures(lab: Lab) -> Sweep:
                 lambda seed: photo_task(lab, seed),
                 True,
                 64,
-                (60, 120, 180),
+                (40, 80, 120),
             )
 
     def digits() -> nn.Module:
@@ -191,7 +191,7 @@ def _sentences(lab: Lab) -> Sweep:
         lambda seed: stdlib_areas(lab, seed, 400),
         False,
         32,
-        (30, 60, 90),
+        (20, 40, 60),
     )
 
 
