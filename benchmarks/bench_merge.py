@@ -145,7 +145,7 @@ def floor(inputs: list[Path], out: Path) -> float:
 
 
 def difference(one: Path, two: Path, base: Path) -> tuple[float, float]:
-    """Largest difference in steps of bf16 at the size of the value or the base's, and the share that differs by more than one."""
+    """Largest difference in steps of bf16 at the size of value or base, and the share that differs by more than one."""
     worst, off, total = 0.0, 0, 0
     with open_checkpoint(one) as a, open_checkpoint(two) as b, open_checkpoint(base) as c:
         for name in a:

@@ -261,6 +261,9 @@ def find(method: str | Callable[..., Any] | MergeMethod) -> MergeMethod:
         return method
     if isinstance(method, str):
         slug = method.replace("_", "-")
+        own = slug.replace("-", "_")  # a method's own module first: all of them take long to import
+        if own.isidentifier() and (Path(__file__).parent / f"{own}.py").is_file():
+            importlib.import_module(f"{__package__}.{own}")
         importlib.import_module(f"{__package__}._plain")
         if slug in _METHODS or slug in methods():
             return _METHODS[slug]
