@@ -343,3 +343,16 @@ def test_command_on_folders(tiny_pair, tmp_path, llama, tokenizer):
     assert "zz" in changed  # an added token leaves the common ids alone: no error
     tokens.save_pretrained(other)
     assert explore_models(str(base), str(other), n=1, max_length=2, static=True, alpha=0.0).texts
+
+
+def test_command_line(tiny_pair, tmp_path):
+    from typer.testing import CliRunner
+
+    from unfused.cli.main import make_app
+
+    base, tuned = tiny_pair
+    page = tmp_path / "page.html"
+    asked = f"diagnose cge --base {base} --tuned {tuned} --n 2 --static --max-length 4 --alpha 0 --groups 2 --html {page}"
+    found = CliRunner().invoke(make_app(), asked.split())
+    assert found.exit_code == 0, found.output
+    assert "evidence, not quotation" in page.read_text()

@@ -265,3 +265,16 @@ def test_command_on_folders(tiny_pair):
     report = diagnose_models(str(base), str(tuned), transforms=["fr", "leetspeak"], count=2, max_new_tokens=3)
     assert len(report.results) == 8 and len(report.prompts) == 8
     assert {r["transform"] for r in report.results} == {"fr", "leetspeak"}
+
+
+def test_command_line(tiny_pair, tmp_path):
+    from typer.testing import CliRunner
+
+    from unfused.cli.main import make_app
+
+    base, tuned = tiny_pair
+    page = tmp_path / "page.html"
+    asked = f"diagnose conjugate-prompting --base {base} --tuned {tuned} --transforms nl --count 1 --max-new-tokens 2"
+    found = CliRunner().invoke(make_app(), [*asked.split(), "--html", str(page)])
+    assert found.exit_code == 0, found.output
+    assert "repeat a sum" in page.read_text()

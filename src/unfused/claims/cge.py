@@ -16,6 +16,7 @@ open.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,8 @@ C = (
 
 def claim(lab: Lab) -> list[Verdict]:
     alphas, rates = lab.pick(smoke=ALPHAS[2:3], desk=ALPHAS), lab.pick(smoke=RATES[1:2], desk=RATES)
-    alpha = max(alphas, key=lambda a: _rank(_run(lab, APART, "static", alpha=a)))
-    rate = max(rates, key=lambda r: _rank(_run(lab, APART, "iterative", alpha=alpha, lr=r)))
+    alpha = _best(alphas, lambda a: _run(lab, APART, "static", alpha=a))
+    rate = _best(rates, lambda r: _run(lab, APART, "iterative", alpha=alpha, lr=r))
     arms: dict[str, dict[str, Any]] = {
         "sampling": {"how": "sampling"},
         "sampling, largest ratios": {"how": "ratios"},
@@ -118,8 +119,14 @@ def claim(lab: Lab) -> list[Verdict]:
     return verdicts
 
 
-def _rank(row: dict[str, float]) -> float:
-    return row["novel"] + row["domains"] / len(DOMAINS)
+def _best(values: tuple[float, ...], run: Callable[[float], dict[str, float]]) -> float:
+    """By share of novel texts and share of the domains, both alike."""
+
+    def rank(value: float) -> float:
+        row = run(value)
+        return row["novel"] + row["domains"] / len(DOMAINS)
+
+    return max(values, key=rank) if len(values) > 1 else values[0]
 
 
 def _run(

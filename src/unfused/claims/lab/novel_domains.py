@@ -109,7 +109,7 @@ def tuned_decoder(lab: Lab, seed: int, private: bool = False) -> LlamaForCausalL
     def train() -> dict[str, torch.Tensor]:
         model, rows = text.decoder(lab), tuning_rows(lab, seed, lab.pick(smoke=64, desk=3000))
         if private:
-            private_train(model, rows, steps, seed)
+            private_train(model, rows, steps, seed, batch=lab.pick(smoke=4, desk=32))
         else:
             tune(model, rows, lr=5e-4, steps=steps, seed=seed, batch_size=32)
         return text._untied(model)
@@ -146,7 +146,7 @@ def private_step(
 ) -> dict[str, torch.Tensor]:
     """Mean of the rows' gradients, each clipped at norm `clip`, with noise of deviation `noise * clip` on their sum."""
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    count = len(rows["labels"])
+    count = len(next(iter(rows.values())))
     for i in range(count):
         loss = model(**{name: column[i : i + 1] for name, column in rows.items()}).loss
         grads = torch.autograd.grad(loss, list(parameters.values()))
