@@ -432,3 +432,13 @@ def test_models_that_do_not_fit(pair):
     region = localize_skill(base, tuned, batches(0), batches(1), steps=0, compare=False)
     with pytest.raises(ValueError, match="base lacks tensor"):
         region.graft({"x": torch.ones(1)})
+
+
+def test_tied_weights_are_grafted_under_all_names():
+    base = {"embed.weight": torch.zeros(2, 3), "other": torch.zeros(3)}
+    base["lm_head.weight"] = base["embed.weight"]
+    state = regions.graft(
+        base, {"embed.weight": torch.tensor([4])}, {"embed.weight": torch.tensor([7.0])}, {}
+    )
+    assert state["lm_head.weight"] is state["embed.weight"] and state["embed.weight"][1, 1] == 7
+    assert not base["embed.weight"].any()

@@ -76,14 +76,19 @@ def random_entries(sizes: Mapping[str, int], k: int, seed: int) -> Indices:
 def graft(base: State, indices: Indices, values: Mapping[str, Tensor], copied: State) -> dict[str, Tensor]:
     """The base with the entries' values put in; tensors without any are shared with it."""
     state = dict(base)
+    same: dict[tuple[int, torch.Size], list[str]] = {}
+    for name, tensor in base.items():  # tied weights have several names
+        if tensor.numel():
+            same.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
     for name, where in indices.items():
         if name not in state:
             raise ValueError(f"base lacks tensor {name!r}, in which the region has entries")
-        tensor = state[name].detach().clone(memory_format=torch.contiguous_format)
-        if len(where) and int(where[-1]) >= tensor.numel():
-            raise ValueError(f"base's tensor {name!r} of shape {tuple(tensor.shape)} is not the region's")
-        tensor.view(-1)[where.to(tensor.device)] = values[name].to(tensor)
-        state[name] = tensor
+        old = base[name].detach()
+        if len(where) and int(where[-1]) >= old.numel():
+            raise ValueError(f"base's tensor {name!r} of shape {tuple(old.shape)} is not the region's")
+        new = old.clone(memory_format=torch.contiguous_format)
+        new.view(-1)[where.to(new.device)] = values[name].to(new)
+        state |= dict.fromkeys(same.get((old.data_ptr(), old.shape), [name]), new)
     return state | dict(copied)
 
 

@@ -108,7 +108,7 @@ class Task:
             for name, grad in zip(leaves, grads, strict=True):
                 if grad is not None:
                     sums[name] += grad.float()
-            total, count = total + float(loss), count + 1
+            total, count = total + float(loss.detach()), count + 1
         if not count:
             raise ValueError("data gave no batch")
         return total / count, {name: tensor / count for name, tensor in sums.items()}
