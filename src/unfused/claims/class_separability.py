@@ -2,7 +2,7 @@
 
 The paper: S, one minus the mean bar of H0 over the longest, computed without labels, correlates with Fisher's discriminant
 ratio and with accuracy, and decides when to stop; best on normalised embeddings. (1) Two Gaussians of 200 points each in 2, 16
-and 128 dimensions at distances from 0 to 8, as they are and scaled to unit length. (2) Classifiers with 6 labels a class (an MLP
+and 128 dimensions at distances 0 to 8, as they are and scaled to unit length. (2) Classifiers with 6 labels a class (an MLP
 whose embedding ends in a LayerNorm) on scikit-learn's digits, on the lab text encoder's features of docstring sentences, and
 on spoken digits where FSDD is present, with 0, 20 and 40 % of the labels wrong, so that accuracy rises and falls; scores on 600
 unlabelled points at each of 31 checkpoints, one stopping rule (patience 4, tolerance 0.5 %) for all. Rivals: entropy and the
