@@ -180,7 +180,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         out = torch.empty(max(stop - start, 0) * size, dtype=torch.uint8)
         view, at = out.numpy().data, info.offset + start * size
         while view:
-            count = os.preadv(self._descriptor(info.file), [view[: 1 << 30]], at)
+            count = _read_into(view[: 1 << 30], self._descriptor(info.file), at)
             if count == 0:
                 raise ValueError(
                     f"{printable(info.file)} ends inside tensor {name!r}: it was cut while in use"
@@ -234,6 +234,14 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.source!r}, {len(self)} tensors, {self.nbytes:,} bytes)"
+
+
+def _read_into(view: memoryview, descriptor: int, at: int) -> int:
+    if hasattr(os, "preadv"):  # not on macOS
+        return os.preadv(descriptor, [view], at)
+    data = os.pread(descriptor, len(view), at)
+    view[: len(data)] = data
+    return len(data)
 
 
 # ---- opening
