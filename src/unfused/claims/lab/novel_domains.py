@@ -104,7 +104,7 @@ def tuning_rows(lab: Lab, seed: int, count: int) -> Batch:
 
 def tuned_decoder(lab: Lab, seed: int, private: bool = False) -> LlamaForCausalLM:
     """The base, tuned on the mixture; with `private`, each text's gradient is clipped at norm 1 and noise is added."""
-    steps = lab.pick(smoke=2, desk=200) if not private else lab.pick(smoke=1, desk=100)
+    steps = lab.pick(smoke=2, desk=200) if not private else lab.pick(smoke=1, desk=60)
 
     def train() -> dict[str, torch.Tensor]:
         model, rows = text.decoder(lab), tuning_rows(lab, seed, lab.pick(smoke=64, desk=3000))
