@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,18 @@ class Weights(Mapping[str, torch.Tensor]):
             return self.tensors.infos[name].shape
         return tuple(self.tensors[name].shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Without reading the tensor."""
+        if isinstance(self.tensors, Checkpoint):
+            return self.tensors.infos[name].dtype
+        return self.tensors[name].dtype
+
+    @property
+    def folder(self) -> Path | None:
+        """Of the checkpoint (with an adapter, the base's)."""
+        tensors = self.tensors.base.tensors if isinstance(self.tensors, _WithAdapter) else self.tensors
+        return tensors.folder if isinstance(tensors, Checkpoint) else None
+
     def transposed(self, name: str) -> bool:
         return self._transposed if isinstance(self._transposed, bool) else name in self._transposed
 
@@ -56,7 +69,7 @@ class Weights(Mapping[str, torch.Tensor]):
 class _WithAdapter(Mapping[str, torch.Tensor]):
     """Base tensors plus a LoRA folder's changes, summed in float32 when asked for."""
 
-    def __init__(self, base: Mapping[str, torch.Tensor], folder: str | os.PathLike[str]) -> None:
+    def __init__(self, base: Weights, folder: str | os.PathLike[str]) -> None:
         self.base, self.changes = base, open_lora(folder)
         for name in [*self.changes, *self.changes.saved]:
             if name not in base:
