@@ -227,11 +227,11 @@ def test_parts_of_models_are_refused(unfused, tmp_path, states):
 
 def test_greedy_soup_by_a_function_of_the_user(unfused, tmp_path, states):
     pytest.importorskip("unfused.merge.model_soups")
-    (tmp_path / "my_scores.py").write_text(
+    (tmp_path / "own_scores.py").write_text(
         "def score(state):\n    return -float(abs(state['lm_head.weight']).sum())\n"
     )
     code, _, err = unfused(
-        *"merge greedy-soup X Y --score my_scores:score --no-check-descent --out out -q".split()
+        *"merge greedy-soup X Y --score own_scores:score --no-check-descent --out out -q".split()
     )
     assert code == 0, err
     assert set(out(tmp_path)) == set(NAMES)
