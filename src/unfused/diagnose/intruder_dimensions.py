@@ -14,7 +14,7 @@ each vector's energy in the span of base vectors whose singular value is within 
 base vectors at once (`_spectrum`); a similarity below eps may then be an upper bound, the verdict is the same.
 
 Reference: LoRA vs Full Fine-tuning: An Illusion of Equivalence, NeurIPS 2025, arXiv:2410.21228.
-Needs: no data, checkpoints.
+Needs: checkpoints.
 """
 
 from __future__ import annotations
