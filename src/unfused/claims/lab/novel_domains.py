@@ -51,7 +51,7 @@ def domain_texts(lab: Lab, domain: str, count: int, seed: int) -> list[str]:
     --------
     >>> from unfused.claims.lab import Lab
     >>> domain_texts(Lab("smoke"), "sums", 1, seed=0)
-    ['72 + 25 = 97 ; 3 + 13 = 16 ; 8 + 4 = 12']
+    ['9 + 6 = 15 ; 6 + 8 = 14 ; 4 + 7 = 11']
     """
     rng = np.random.default_rng([seed, 23, (*DOMAINS, ORDINARY).index(domain)])
     known = [name for name, _ in text.facts(200)]
