@@ -48,7 +48,7 @@ def test_without_texts_the_mean_of_the_unlabelled_rows_is_taken_away(tool, world
 
 
 def test_every_arm_runs_and_the_page_shows_it(tool, world, tmp_path):
-    lab = Lab("smoke", seeds=2, cache_dir=tmp_path)
+    lab = Lab("smoke", seeds=1, cache_dir=tmp_path)
     bare = tool.World(world.X, world.y, world.tests, 10.0)
     measured = {
         "banking-5": tool.measure(lab, "a", world, 5),
@@ -57,7 +57,10 @@ def test_every_arm_runs_and_the_page_shows_it(tool, world, tmp_path):
     }
     assert set(measured["banking-5"]) == set(tool.ROWS)
     assert set(measured["cifar-5"]) == {title for title, row in tool.ROWS.items() if not row.text}
-    assert set(measured["banking-new"]) == {*tool.LATER, *tool.NOVEL}
+    assert set(measured["banking-new"]) == {
+        *(f"{title}, {how}" for title in tool.LATER for how in tool.APART),
+        *tool.NOVEL,
+    }
     found = {
         column: {
             title: {key: [unit[key] for unit in units] for key in ("accuracy", "seconds")}
@@ -73,6 +76,15 @@ def test_every_arm_runs_and_the_page_shows_it(tool, world, tmp_path):
     rows = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
     assert rows["[GDA with text](methods/gda-clip.md)"].count("–") == 1
     assert rows["[PBN](methods/tabular-ncd.md)"].count(" s |") == 1
+
+
+def test_old_and_new_classes_are_told_apart_or_not(tool):
+    y, new = np.array([0, 1, 2]), np.array([2])
+    logits = np.array([[3.0, 1, 2], [1.0, 2, 3], [4.0, 1, 2]])
+    assert tool.old_and_new(logits, y, new, apart=True) == 1.0
+    assert tool.old_and_new(logits, y, new, apart=False) == 0.0
+    logits[2] = [1, 1, 2]
+    assert tool.old_and_new(logits, y, new, apart=False) == pytest.approx(2 * 0.5 / 1.5)
 
 
 def test_a_cell_says_mean_interval_and_whether_it_is_ahead(tool):
