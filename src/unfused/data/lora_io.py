@@ -6,18 +6,19 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from unfused.data.checkpoint_io import Checkpoint, fetch, open_checkpoint
 from unfused.data.files import printable, read_json
 
-__all__ = ["LoraChanges", "LowRank", "is_adapter", "open_lora"]
+__all__ = ["LoraChanges", "LowRank", "is_adapter", "open_lora", "scale_of"]
 
 PREFIX = "base_model.model."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """`scale B A`, of a base weight (transposed where that is stored so).
 
@@ -25,15 +26,21 @@ class LowRank:
     ----------
     b : Tensor (out, r)
     a : Tensor (r, in)
-    scale : float
-    transposed : bool
+    scale : float, default=1.0
+    transposed : bool, default=False
         Whether the weight is stored as (in, out): embeddings, and `fan_in_fan_out`.
     """
 
     b: torch.Tensor
     a: torch.Tensor
-    scale: float
+    scale: float = 1.0
     transposed: bool = False
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+        sides = self.b.shape[0], self.a.shape[1]
+        return torch.Size(sides[::-1] if self.transposed else sides)
 
     def dense(self) -> torch.Tensor:
         """In float32, in the shape of the weight."""
@@ -87,8 +94,6 @@ class LoraChanges(Mapping[str, LowRank]):
                 self.saved[short] = name
 
     def __getitem__(self, name: str) -> LowRank:
-        from peft.utils.other import get_pattern_key
-
         a_name, b_name = self._found[name]
         a, b = self.checkpoint[a_name], self.checkpoint[b_name]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
@@ -96,19 +101,30 @@ class LoraChanges(Mapping[str, LowRank]):
                 f"{printable(self.checkpoint.folder)}: {a_name!r} of shape {tuple(a.shape)} and {tuple(b.shape)} beside it "
                 "are no factors of a matrix"
             )
-        module = name.removesuffix(".weight")
-        alphas = self._config.get("alpha_pattern") or {}
-        alpha = alphas.get(get_pattern_key(list(alphas), module), self._config["lora_alpha"])
-        rank = a.shape[0]
-        scale = alpha / (rank**0.5 if self._config.get("use_rslora") else rank)
+        scale = scale_of(self._config, name.removesuffix(".weight"), a.shape[0])
         embedding = ".lora_embedding_A" in a_name
-        return LowRank(b, a, float(scale), embedding or bool(self._config.get("fan_in_fan_out")))
+        return LowRank(b, a, scale, embedding or bool(self._config.get("fan_in_fan_out")))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
 
     def __len__(self) -> int:
         return len(self._found)
+
+
+def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """The factor of `B A` in a module, from an adapter's config.
+
+    Examples
+    --------
+    >>> scale_of({"lora_alpha": 16, "alpha_pattern": {"up": 4}}, "layers.0.up", 8)
+    0.5
+    """
+    from peft.utils.other import get_pattern_key
+
+    alphas = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha") or 8)  # PEFT's default
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def is_adapter(source: str | os.PathLike[str]) -> bool:

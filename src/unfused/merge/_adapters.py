@@ -16,6 +16,7 @@ import torch
 
 from unfused.data.checkpoint_io import ShardWriter
 from unfused.data.files import printable, write_json
+from unfused.data.lora_io import PREFIX
 from unfused.merge._card import write_card
 from unfused.merge._method import MergeMethod
 from unfused.merge._sources import AdapterSource, ZeroSource
@@ -89,7 +90,7 @@ def merge_adapters(
         lost += float((b @ a - matrix).square().sum())
         whole += float(matrix.square().sum())
         embedding = module in adapters[0].lora.embeddings
-        prefix = f"base_model.model.{module}.lora_{'embedding_' if embedding else ''}"
+        prefix = f"{PREFIX}{module}.lora_{'embedding_' if embedding else ''}"
         suffix = "" if embedding else ".weight"
         factors[f"{prefix}A{suffix}"] = a.view(-1, *shape[1:]) if len(shape) > 2 else a
         factors[f"{prefix}B{suffix}"] = b.view(*b.shape, *[1] * (len(shape) - 2))

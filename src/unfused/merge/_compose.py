@@ -9,29 +9,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unfused.data.lora_io import LowRank
+
 Weights = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """The change `scale B A` of a matrix, as a LoRA adapter stores it: `b` (out, r), `a` (r, in)."""
-
-    b: Tensor
-    a: Tensor
-    scale: float = 1.0
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size([self.b.shape[0], self.a.shape[1]])
-
-    def dense(self) -> Tensor:
-        return self.scale * (self.b.float() @ self.a.float())
 
 
 class Block(nn.Module):

@@ -15,6 +15,7 @@ from torch import nn
 
 from unfused.data.checkpoint_io import Checkpoint, fetch, open_checkpoint
 from unfused.data.files import printable, read_json
+from unfused.data.lora_io import PREFIX, scale_of
 
 __all__ = ["AdapterSource", "FileSource", "LoraSource", "Source", "StateSource", "ZeroSource", "open_source"]
 
@@ -137,7 +138,7 @@ class _Lora:
         self.whole: dict[str, str] = {}  # name in the model -> name in the adapter's file
         self.embeddings: set[str] = set()
         for key in checkpoint:
-            name = key.removeprefix("base_model.model.")
+            name = key.removeprefix(PREFIX)
             if found := re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name):
                 self.factors.setdefault(found[1], {})[found[3]] = checkpoint[key].float()
                 if found[2]:
@@ -163,13 +164,7 @@ class _Lora:
         return printable(self.checkpoint.infos[key].file)
 
     def scale(self, module: str) -> float:
-        rank = self.factors[module]["A"].shape[0]
-        alpha = self.config.get("lora_alpha") or 8
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = value
-                break
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return scale_of(self.config, module, self.factors[module]["A"].shape[0])
 
     def transposed(self, module: str) -> bool:
         return module in self.embeddings or bool(self.config.get("fan_in_fan_out"))
