@@ -138,14 +138,9 @@ class AdaptedEstimator:
             return _numbers(path, getattr(self.estimator, "feature_names_in_", None))
         if hasattr(self.encoder, "read_table"):
             return self.encoder.read_table(path, quarantine)
-        from unfused.data.records import read_records
+        from unfused.workflow.predict import whole_records
 
-        aside = Quarantine() if quarantine is None else quarantine
-        before = len(aside)
-        records = read_records(path, aside)
-        if quarantine is None and len(aside) > before:
-            row, reason = aside.rows[0]
-            raise ValueError(f"{os.fspath(path)}, {row}: {reason}")
+        records = whole_records(path, quarantine)
         column = self.text_column
         if column is None or (records.find(column) is None and len(records.columns) == 1):
             texts = [records.columns[0]] if len(records.columns) == 1 else _texts(records)

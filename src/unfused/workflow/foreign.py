@@ -6,7 +6,8 @@ to it. `open_foreign` makes one `Foreign` for a run; nothing is loaded before it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,9 @@ class Foreign:
 
     def features(self) -> tuple[np.ndarray, int]:
         """What is clustered: (n, d), and how many weights the encoder has."""
-        from unfused.nn import frozen
-
-        found = self.shared_features()
-        tower = _named_teacher(lambda: frozen.load(frozen.describe(self.teacher), self.modality.name))
+        encoder = self.encoder()  # kept until the end: what it has loaded is not loaded again to be counted
+        found = _named_teacher(lambda: encoder.transform(self.items()))
+        tower = encoder._tower(*encoder._source())
         return found.astype(np.float32), sum(p.numel() for p in tower.model.parameters())
 
     def trainable(self, rows: np.ndarray, labels: np.ndarray) -> tuple[Any, Any, Iterator[torch.Tensor]]:
@@ -73,23 +73,25 @@ class Foreign:
         """Features in the space of the class names, where there is one."""
         return _named_teacher(lambda: self.encoder().transform(self.items()))
 
+    @cached_property
     def reads_texts(self) -> bool:
         from unfused.nn.frozen import describe
 
         return "text" in _named_teacher(lambda: describe(self.teacher)).modalities
 
-    def class_features(self, names: Sequence[str], templates: Sequence[str] | None) -> np.ndarray:
-        """Unit vectors of the class names (underscores are blanks)."""
+    def class_features(
+        self, names: Sequence[str], templates: Sequence[str] | None
+    ) -> tuple[np.ndarray, float]:
+        """Unit vectors of the class names (underscores are blanks), and the factor on cosines with them."""
         spoken = [name.replace("_", " ") for name in names]
         if len(set(spoken)) < len(spoken):
             spoken = list(names)
-        return self.encoder().encode_classes(spoken, templates)
-
-    def logit_scale(self) -> float:
+        encoder = self.encoder()
+        found = encoder.encode_classes(spoken, templates)
         try:
-            return float(self.encoder().logit_scale)
+            return found, float(encoder.logit_scale)
         except ValueError:
-            return TEXT_SCALE
+            return found, TEXT_SCALE
 
     def items(self) -> list[Any]:
         root = self.corpus.manifest.root
@@ -101,16 +103,10 @@ class _Recordings(Foreign):
         """Decoded anew, in chunks."""
         from unfused.data.audio import decode
 
-        manifest = self.corpus.manifest
-
-        def read(path: str) -> np.ndarray:
-            try:
-                return decode(manifest.root / path, sampling_rate)
-            except BadFile as error:  # it was good when the run began
-                raise ValueError(f"{printable(path)}: {error.reason}; run the same command again") from None
-
+        names, root = self.corpus.manifest.paths, self.corpus.manifest.root
         for start in range(0, len(rows), chunk):
-            yield [read(manifest.paths[row]) for row in rows[start : start + chunk]]
+            chosen = [names[row] for row in rows[start : start + chunk]]
+            yield [_again(name, decode, root / name, sampling_rate) for name in chosen]
 
     def features(self) -> tuple[np.ndarray, int]:
         from unfused.nn.encoders import load_teacher
@@ -189,13 +185,15 @@ class _Files(ArrayDataset):
 def _pictures(paths: Sequence[Any]) -> list[Any]:
     from unfused.data.images import open_rgb
 
-    def read(path: Any) -> Any:
-        try:
-            return open_rgb(path)
-        except BadFile as error:  # it was good when the run began
-            raise ValueError(f"{printable(path)}: {error.reason}; run the same command again") from None
+    return [_again(path, open_rgb, path) for path in paths]
 
-    return [read(path) for path in paths]
+
+def _again(name: Any, read: Callable[..., Any], *how: Any) -> Any:
+    """Read a file that was good when the run began."""
+    try:
+        return read(*how)
+    except BadFile as error:
+        raise ValueError(f"{printable(name)}: {error.reason}; run the same command again") from None
 
 
 def _named_teacher(ask: Any) -> Any:

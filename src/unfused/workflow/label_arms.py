@@ -99,6 +99,7 @@ def prompted(bench: Bench, draw: Draw, folder: Path) -> Outcome:
     from transformers import AutoModelForMaskedLM, AutoTokenizer, PrinterCallback, TrainingArguments
 
     from unfused.label.lite_prompted_self_training import ListConfig, ListTrainer, PromptTemplate
+    from unfused.nn.zero_shot import log_softmax
 
     assert bench.foreign is not None
     teacher, texts = bench.foreign.teacher, bench.corpus.raw
@@ -109,7 +110,7 @@ def prompted(bench: Bench, draw: Draw, folder: Path) -> Outcome:
         raise ValueError(f"method='list' needs a masked language model as encoder: {_line(error)}") from error
     spoken: dict[Any, str] = {name: name.replace("_", " ") for name in bench.classes}
     rows, pool = np.flatnonzero(draw.visible).tolist(), np.flatnonzero(bench.pool & ~draw.visible).tolist()
-    count = bench.steps["fine_tune"]
+    epochs = max(1, -(-4 * bench.steps["fine_tune"] // len(rows)))  # batches of 4
     trainer = ListTrainer(
         model,
         TrainingArguments(
@@ -130,16 +131,13 @@ def prompted(bench: Bench, draw: Draw, folder: Path) -> Outcome:
         peft_config=ListConfig(),
         sessions=2 if pool else 0,
         update_teacher_steps=bench.steps["distil"] // 2,
-        teacher_epochs=max(1, -(-4 * count // len(rows))),
-        finetune_epochs=max(1, -(-4 * count // len(rows))),
+        teacher_epochs=epochs,
+        finetune_epochs=epochs,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=True)
     logits = np.asarray(trainer.predict(texts).predictions, np.float64)  # type: ignore[arg-type]
-    shifted = np.exp(logits - logits.max(1, keepdims=True))
-    named = [bench.classes.index(name) for name in spoken]
-    probabilities = np.empty_like(shifted, dtype=np.float32)
-    probabilities[:, named] = shifted / shifted.sum(1, keepdims=True)
+    probabilities = np.exp(log_softmax(logits)).astype(np.float32)
     trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
     return Outcome(probabilities, parameters=sum(trained))
 
@@ -173,7 +171,7 @@ def check_methods(
     labelled : bool
         Whether any label is visible.
     """
-    names = foreign is not None and foreign.reads_texts()
+    names = foreign is not None and foreign.reads_texts
     free = ", ".join(_WITHOUT_LABELS)
     for method in methods:
         if not labelled and not (names and method in _WITHOUT_LABELS):
@@ -213,16 +211,13 @@ def _pool(bench: Bench) -> np.ndarray:
 
 
 def _has_names(bench: Bench) -> bool:
-    return bench.foreign is not None and bench.foreign.reads_texts()
+    return bench.foreign is not None and bench.foreign.reads_texts
 
 
 def _class_names(bench: Bench) -> tuple[np.ndarray, float]:
     assert bench.foreign is not None
     if "names" not in bench.cache:
-        bench.cache["names"] = (
-            bench.foreign.class_features(bench.classes, bench.templates),
-            bench.foreign.logit_scale(),
-        )
+        bench.cache["names"] = bench.foreign.class_features(bench.classes, bench.templates)
     return bench.cache["names"]
 
 

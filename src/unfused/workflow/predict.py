@@ -31,6 +31,19 @@ def _kind(config: Any) -> str:
     return "text" if str((config.architectures or [""])[0]).endswith("ForSequenceClassification") else "image"
 
 
+def whole_records(path: str | os.PathLike[str], quarantine: Quarantine | None) -> Any:
+    """A table's records; rows that cannot be read go to quarantine, and without one raise ValueError."""
+    from unfused.data.records import read_records
+
+    aside = Quarantine()
+    records = read_records(path, aside)
+    for row, reason in aside.rows:
+        if quarantine is None:
+            raise ValueError(f"{os.fspath(path)}, {row}: {reason}")
+        quarantine.add(row, reason)
+    return records
+
+
 class AdaptedModel:
     """A classifier that `adapt` made, with the reading of files, texts or tables around it.
 
@@ -189,19 +202,14 @@ class AdaptedModel:
         quarantine : Quarantine, optional
             Gets unreadable rows; without it the first one raises ValueError.
         """
-        from unfused.data.records import TABLE_SUFFIXES, read_records
+        from unfused.data.records import TABLE_SUFFIXES
 
         name = os.fspath(path)
         if self.kind not in ("text", "table"):
             raise ValueError(f"{name!r}: this model takes {self.kind} files, no tables")
         if os.path.splitext(name)[1].lower() not in TABLE_SUFFIXES:
             raise ValueError(f"{name!r}: give a table ({', '.join(sorted(TABLE_SUFFIXES))})")
-        aside = Quarantine()
-        records = read_records(path, aside)
-        for row, reason in aside.rows:
-            if quarantine is None:
-                raise ValueError(f"{name}, {row}: {reason}")
-            quarantine.add(row, reason)
+        records = whole_records(path, quarantine)
         if self.kind == "text":
             column = self.model.config.text_column
             if records.find(column) is None and len(records.columns) == 1:
